@@ -1,0 +1,1 @@
+"""vmq: post-training quantization of video-matting networks, from ONNX to ONNX."""
