@@ -1,0 +1,1 @@
+"""Networks in torch with exporters to ONNX. They need torch and safetensors only, nothing of vmq."""

@@ -1,0 +1,607 @@
+"""Robust Video Matting (Lin et al., 2021, arXiv:2108.11515) in torch, and its export to ONNX.
+
+    src --downsample--> s --backbone--> f1 f2 f3 f4 (1/2 ... 1/16) --LR-ASPP on f4--> decoder --> fgr, pha
+
+The decoder goes back up from 1/16 to 1/1. At four of its levels a ConvGRU sees one half of the channels and keeps
+
+    h' = (1 - z) * h + z * tanh(conv([x, r * h])),    [r, z] = sigmoid(conv([x, h]))
+
+as the recurrent states r1 (finest) ... r4 (coarsest). With a downsample ratio the network runs on a small image and a
+guided filter (He et al.; deep: Wu et al., 2018) brings its result to full size:
+
+    out = up(A) * [src, gray] + up(b),    b = mean(y) - A * mean(x),    A = cov(x, y) / (var(x) + eps)  or learned.
+
+Parameter names are those of the authors' released state dicts, whose weights are GPL-3.0.
+
+    python -m models.rvm --weights rvm_mobilenetv3.pth --size 512x288 -o rvm.onnx
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import pickle
+import sys
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+VARIANTS = ("mobilenetv3", "resnet50")
+REFINERS = ("deep", "fast")
+INPUT_NAMES = ("src", "r1i", "r2i", "r3i", "r4i")
+OUTPUT_NAMES = ("fgr", "pha", "r1o", "r2o", "r3o", "r4o")
+
+# Kernel, expanded and output channels, squeeze-excitation, hard swish, stride, dilation of each inverted residual.
+_MOBILENETV3_LARGE = (
+    (3, 16, 16, False, False, 1, 1),
+    (3, 64, 24, False, False, 2, 1),
+    (3, 72, 24, False, False, 1, 1),
+    (5, 72, 40, True, False, 2, 1),
+    (5, 120, 40, True, False, 1, 1),
+    (5, 120, 40, True, False, 1, 1),
+    (3, 240, 80, False, True, 2, 1),
+    (3, 200, 80, False, True, 1, 1),
+    (3, 184, 80, False, True, 1, 1),
+    (3, 184, 80, False, True, 1, 1),
+    (3, 480, 112, True, True, 1, 1),
+    (3, 672, 112, True, True, 1, 1),
+    (5, 672, 160, True, True, 1, 2),  # dilated instead of strided from here on: the deepest features stay at 1/16
+    (5, 960, 160, True, True, 1, 2),
+    (5, 960, 160, True, True, 1, 2),
+)
+
+
+class WeightsError(ValueError):
+    """The weights file cannot be read, or does not fit the network."""
+
+
+# ---------------------------------------------------------------------------------------------------- backbones
+
+
+def _conv_bn(
+    channels_in: int, channels: int, kernel: int, act: type[nn.Module] | None, *,
+    stride: int = 1, dilation: int = 1, groups: int = 1, eps: float = 1e-3,
+) -> nn.Sequential:  # fmt: skip
+    conv = nn.Conv2d(
+        channels_in, channels, kernel, stride, kernel // 2 * dilation, dilation, groups, bias=False
+    )
+    return nn.Sequential(conv, nn.BatchNorm2d(channels, eps), *([act()] if act else []))
+
+
+class _SqueezeExcitation(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        wanted = channels // 4
+        squeezed = max(8, (wanted + 4) // 8 * 8)  # the nearest multiple of 8 ...
+        squeezed += 8 if squeezed < 0.9 * wanted else 0  # ... that loses no more than a tenth
+        self.fc1 = nn.Conv2d(channels, squeezed, 1)
+        self.fc2 = nn.Conv2d(squeezed, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.fc2(F.relu(self.fc1(F.adaptive_avg_pool2d(x, 1))))
+        return F.hardsigmoid(gate) * x
+
+
+class _InvertedResidual(nn.Module):
+    def __init__(
+        self, channels_in: int, kernel: int, expanded: int, channels: int, se: bool, hard_swish: bool,
+        stride: int, dilation: int,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        act = nn.Hardswish if hard_swish else nn.ReLU
+        layers: list[nn.Module] = []
+        if expanded != channels_in:
+            layers.append(_conv_bn(channels_in, expanded, 1, act))
+        layers.append(
+            _conv_bn(expanded, expanded, kernel, act, stride=stride, dilation=dilation, groups=expanded)
+        )
+        if se:
+            layers.append(_SqueezeExcitation(expanded))
+        layers.append(_conv_bn(expanded, channels, 1, None))
+        self.block = nn.Sequential(*layers)
+        self.shortcut = stride == 1 and channels_in == channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(x)
+        return x + y if self.shortcut else y
+
+
+class MobileNetV3(nn.Module):
+    """MobileNetV3-Large without its classifier. [N,3,H,W] to 16, 24, 40 and 960 channels at 1/2, 1/4, 1/8, 1/16."""
+
+    channels = (16, 24, 40, 960)
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [_conv_bn(3, 16, 3, nn.Hardswish, stride=2)]
+        width = 16
+        for row in _MOBILENETV3_LARGE:
+            layers.append(_InvertedResidual(width, *row))
+            width = row[2]
+        layers.append(_conv_bn(width, 960, 1, nn.Hardswish))
+        self.features = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        taps = []
+        for i, layer in enumerate(self.features):
+            x = layer(x)
+            if i in {1, 3, 6, 16}:
+                taps.append(x)
+        return taps
+
+
+class _Bottleneck(nn.Module):
+    def __init__(self, channels_in: int, width: int, stride: int, dilation: int, project: bool) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, dilation, dilation, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * width)
+        self.downsample = None
+        if project:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(channels_in, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNet50(nn.Module):
+    """ResNet50 without its classifier. [N,3,H,W] to 64, 256, 512 and 2048 channels at 1/2, 1/4, 1/8, 1/16."""
+
+    channels = (64, 256, 512, 2048)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.layer1 = self._stage(64, 64, blocks=3, stride=1)
+        self.layer2 = self._stage(256, 128, blocks=4, stride=2)
+        self.layer3 = self._stage(512, 256, blocks=6, stride=2)
+        self.layer4 = self._stage(1024, 512, blocks=3, stride=1, dilation=2)
+
+    @staticmethod
+    def _stage(channels_in: int, width: int, blocks: int, stride: int, dilation: int = 1) -> nn.Sequential:
+        first = _Bottleneck(channels_in, width, stride, 1, project=True)
+        rest = (_Bottleneck(4 * width, width, 1, dilation, project=False) for _ in range(blocks - 1))
+        return nn.Sequential(first, *rest)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        f1 = F.relu(self.bn1(self.conv1(x)))
+        f2 = self.layer1(F.max_pool2d(f1, 3, 2, 1))
+        f3 = self.layer2(f2)
+        return [f1, f2, f3, self.layer4(self.layer3(f3))]
+
+
+class LRASPP(nn.Module):
+    """Lite R-ASPP: a 1x1 conv, gated per channel by the pooled input. [N,C,h,w] to [N,channels,h,w]."""
+
+    def __init__(self, channels_in: int, channels: int) -> None:
+        super().__init__()
+        self.aspp1 = _conv_bn(channels_in, channels, 1, nn.ReLU, eps=1e-5)
+        self.aspp2 = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels_in, channels, 1, bias=False), nn.Sigmoid()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.aspp1(x) * self.aspp2(x)
+
+
+# ------------------------------------------------------------------------------------------------------ decoder
+
+
+class ConvGRU(nn.Module):
+    """A gated recurrent unit of 3x3 convs. x [N,C,h,w] and a state of the same shape (or 1x1x1x1) to the new state."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.ih = nn.Sequential(nn.Conv2d(2 * channels, 2 * channels, 3, padding=1), nn.Sigmoid())
+        self.hh = nn.Sequential(nn.Conv2d(2 * channels, channels, 3, padding=1), nn.Tanh())
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        if h.shape != x.shape:
+            h = h.expand_as(x)
+        r, z = self.ih(torch.cat((x, h), 1)).split(self.channels, 1)
+        candidate = self.hh(torch.cat((x, r * h), 1))
+        return (1 - z) * h + z * candidate
+
+
+def _halve(x: Tensor) -> Tensor:
+    """2x2 mean; an odd edge is the mean of what is there. (Even sizes need no ceil_mode, which some runtimes lack.)"""
+    odd = bool(x.shape[2] % 2 or x.shape[3] % 2)
+    return F.avg_pool2d(x, 2, 2, ceil_mode=odd, count_include_pad=False)
+
+
+def _double(x: Tensor, like: Tensor) -> Tensor:
+    """Bilinear, twice the size, then cut to the height and width of `like` where those are odd."""
+    x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+    return x if x.shape[2:] == like.shape[2:] else x[:, :, : like.shape[2], : like.shape[3]]
+
+
+class _Level(nn.Module):
+    """A decoder level: (from the second on) upsample, concat skip and image, conv; then the GRU on half of it."""
+
+    def __init__(self, channels_in: int, channels: int, *, bottom: bool = False) -> None:
+        super().__init__()
+        self.half = channels // 2
+        if not bottom:
+            self.conv = _conv_bn(channels_in, channels, 3, nn.ReLU, eps=1e-5)
+        self.gru = ConvGRU(self.half)
+
+    def forward(self, x: Tensor, h: Tensor, skip: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
+        if skip:
+            x = self.conv(torch.cat((_double(x, skip[-1]), *skip), 1))
+        passed, remembered = x.split(self.half, 1)
+        state = self.gru(remembered, h)
+        return torch.cat((passed, state), 1), state
+
+
+class _Output(nn.Module):
+    def __init__(self, channels_in: int, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            *_conv_bn(channels_in, channels, 3, nn.ReLU, eps=1e-5),
+            *_conv_bn(channels, channels, 3, nn.ReLU, eps=1e-5),
+        )
+
+    def forward(self, x: Tensor, image: Tensor) -> Tensor:
+        return self.conv(torch.cat((_double(x, image), image), 1))
+
+
+class Decoder(nn.Module):
+    """Features f1..f4 and the image to 16 channels at the image's size, and the four new states r1..r4."""
+
+    def __init__(self, skips: Sequence[int], widths: Sequence[int]) -> None:
+        super().__init__()
+        f1, f2, f3, f4 = skips
+        d3, d2, d1, d0 = widths
+        self.decode4 = _Level(f4, f4, bottom=True)
+        self.decode3 = _Level(f4 + f3 + 3, d3)
+        self.decode2 = _Level(d3 + f2 + 3, d2)
+        self.decode1 = _Level(d2 + f1 + 3, d1)
+        self.decode0 = _Output(d1 + 3, d0)
+
+    def forward(self, image: Tensor, features: Sequence[Tensor], states: Sequence[Tensor]) -> list[Tensor]:
+        s1 = _halve(image)
+        s2 = _halve(s1)
+        s3 = _halve(s2)
+        f1, f2, f3, f4 = features
+        x, r4 = self.decode4(f4, states[3])
+        x, r3 = self.decode3(x, states[2], (f3, s3))
+        x, r2 = self.decode2(x, states[1], (f2, s2))
+        x, r1 = self.decode1(x, states[0], (f1, s1))
+        return [self.decode0(x, image), r1, r2, r3, r4]
+
+
+# ------------------------------------------------------------------------------------------------------ refiners
+
+
+class DeepGuidedFilter(nn.Module):
+    """Guided filter whose A a small network of 1x1 convs predicts from covariance, variance and the decoder's features.
+
+    forward: src [N,3,H,W], its (H, W), small [N,3,h,w], y [N,4,h,w] (foreground residual, alpha), hidden [N,16,h,w]
+    to [N,4,H,W].
+    """
+
+    def __init__(self, hidden: int = 16) -> None:
+        super().__init__()
+        self.box_filter = nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False)
+        nn.init.constant_(self.box_filter.weight, 1 / 9)
+        self.conv = nn.Sequential(
+            *_conv_bn(8 + hidden, hidden, 1, nn.ReLU, eps=1e-5),
+            *_conv_bn(hidden, hidden, 1, nn.ReLU, eps=1e-5),
+            nn.Conv2d(hidden, 4, 1),
+        )
+
+    def slope(self, cov: Tensor, var: Tensor, hidden: Tensor) -> Tensor:
+        return self.conv(torch.cat((cov, var, hidden), 1))
+
+    def forward(
+        self, src: Tensor, full_size: Sequence[int], small: Tensor, y: Tensor, hidden: Tensor
+    ) -> Tensor:
+        fine, x = (torch.cat((image, image.mean(1, keepdim=True)), 1) for image in (src, small))
+        mean_x, mean_y = self.box_filter(x), self.box_filter(y)
+        cov = self.box_filter(x * y) - mean_x * mean_y
+        var = self.box_filter(x * x) - mean_x * mean_x
+        a = self.slope(cov, var, hidden)
+        b = mean_y - a * mean_x
+        a, b = (F.interpolate(t, full_size, mode="bilinear", align_corners=False) for t in (a, b))
+        return a * fine + b
+
+
+class FastGuidedFilter(DeepGuidedFilter):
+    """The same filter with the classical A = cov / (var + eps): it has no parameters."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.register_buffer("window", torch.full((4, 1, 3, 3), 1 / 9), persistent=False)
+
+    def box_filter(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.window, padding=1, groups=4)
+
+    def slope(self, cov: Tensor, var: Tensor, hidden: Tensor) -> Tensor:  # noqa: ARG002
+        return cov / (var + 1e-5)
+
+
+class _ResizeByFactor(torch.autograd.Function):
+    """Bilinear resize by a factor that is a graph input [1]; `F.interpolate` would trace it as a constant."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, factor: Tensor) -> Tensor:  # noqa: ARG004
+        return _resize(x, float(factor))
+
+    @staticmethod
+    def symbolic(g: torch._C.Graph, x: torch._C.Value, factor: torch._C.Value) -> torch._C.Value:
+        ones = g.op("Constant", value_t=torch.ones(2))
+        scales = g.op("Concat", ones, factor, factor, axis_i=0)
+        no_roi = g.op("Constant", value_t=torch.zeros(0))
+        mode = "pytorch_half_pixel"
+        return g.op("Resize", x, no_roi, scales, mode_s="linear", coordinate_transformation_mode_s=mode)
+
+
+def _resize(x: Tensor, factor: float) -> Tensor:
+    return F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
+
+
+# --------------------------------------------------------------------------------------------------- the network
+
+
+class RVM(nn.Module):
+    """Robust Video Matting, one frame at a time.
+
+    forward: src [N,3,H,W], RGB in 0..1; the states r1..r4 of the frame before (1x1x1x1 zeros at first);
+    downsample_ratio as a float, or as a tensor [1] that stays an input when exported. Returns fgr [N,3,H,W],
+    pha [N,1,H,W], both in 0..1, and the new states.
+    """
+
+    def __init__(self, variant: str = "mobilenetv3", refiner: str | None = None) -> None:
+        super().__init__()
+        if variant == "mobilenetv3":
+            self.backbone: MobileNetV3 | ResNet50 = MobileNetV3()
+            aspp, widths = 128, (80, 40, 32, 16)
+        elif variant == "resnet50":
+            self.backbone = ResNet50()
+            aspp, widths = 256, (128, 64, 32, 16)
+        else:
+            raise ValueError(f"no RVM variant {variant!r}; there are: {', '.join(VARIANTS)}")
+        if refiner not in {None, *REFINERS}:
+            raise ValueError(f"no refiner {refiner!r}; there are: {', '.join(REFINERS)}")
+        *skips, deepest = self.backbone.channels
+        self.aspp = LRASPP(deepest, aspp)
+        self.decoder = Decoder((*skips, aspp), widths)
+        self.project_mat = nn.Module()
+        self.project_mat.conv = nn.Conv2d(widths[-1], 4, 1)
+        self.refiner = {None: None, "deep": DeepGuidedFilter, "fast": FastGuidedFilter}[refiner]
+        if self.refiner is not None:
+            self.refiner = self.refiner()
+        self.register_buffer("mean", torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1), persistent=False)
+
+    def forward(
+        self, src: Tensor, r1: Tensor, r2: Tensor, r3: Tensor, r4: Tensor,
+        downsample_ratio: float | Tensor = 1.0,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        full_size: Sequence[int] = [int(n) for n in src.shape[2:]]
+        if isinstance(downsample_ratio, Tensor):
+            full_size = src.shape[2:]  # traced, not fixed
+            small = _ResizeByFactor.apply(src, downsample_ratio)
+        elif downsample_ratio == 1:
+            small = src
+        else:
+            small = _resize(src, downsample_ratio)
+        *skips, deepest = self.backbone((small - self.mean) / self.std)
+        hidden, *states = self.decoder(small, (*skips, self.aspp(deepest)), (r1, r2, r3, r4))
+        y = self.project_mat.conv(hidden)
+        if small is not src:
+            y = self.refiner(src, full_size, small, y, hidden)
+        residual, alpha = y.split((3, 1), 1)
+        return ((residual + src).clamp(0, 1), alpha.clamp(0, 1), *states)
+
+
+def load_state(path: Path | str) -> dict[str, Tensor]:
+    """The state dict in a .safetensors or .pth file (the latter opened without running code in it).
+
+    Raises:
+        WeightsError: unreadable, or something else than named tensors.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise WeightsError(f"no such weights file: {path}") from None
+    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise WeightsError(
+            f"{path} is neither .safetensors nor a .pth with a plain state dict: {reason}"
+        ) from None
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise WeightsError(f"{path} holds no state dict of named tensors; save model.state_dict() and use that")
+    return dict(state)
+
+
+def build(
+    variant: str = "mobilenetv3", state: Mapping[str, Tensor] | None = None, *,
+    refiner: str | None = None, seed: int = 0,
+) -> RVM:  # fmt: skip
+    """The network in eval mode with the weights of `state`, or with random ones.
+
+    `project_seg.*` is never used, `refiner.*` only by the deep refiner; both may be present or not.
+
+    Raises:
+        WeightsError: a tensor is missing, unexpected, of another shape, or not finite.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = RVM(variant, refiner).eval().requires_grad_(requires_grad=False)
+    if state is None:
+        return model
+    unused = ("project_seg.",) if refiner == "deep" else ("project_seg.", "refiner.")
+    given = {name: value for name, value in state.items() if not name.startswith(unused)}
+    own = model.state_dict()
+    counters = {name for name in own if name.endswith("num_batches_tracked")}
+    faults = {
+        "missing": [name for name in own if name not in given and name not in counters],
+        "unexpected": [name for name in given if name not in own],
+        "of another shape": [
+            f"{name} {list(given[name].shape)} instead of {list(value.shape)}"
+            for name, value in own.items() if name in given and given[name].shape != value.shape
+        ],
+        "not finite": [name for name, value in given.items() if not torch.isfinite(value).all()],
+    }  # fmt: skip
+    if any(faults.values()):
+        said = "; ".join(f"{len(names)} {what}: {_abridged(names)}" for what, names in faults.items() if names)
+        raise WeightsError(f"the weights do not fit RVM {variant} with refiner {refiner or 'none'}: {said}")
+    model.load_state_dict(given, strict=False)
+    return model
+
+
+def _abridged(names: Sequence[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+# --------------------------------------------------------------------------------------------------------- export
+
+
+class _FixedRatio(nn.Module):
+    def __init__(self, model: RVM, ratio: float) -> None:
+        super().__init__()
+        self.model, self.ratio = model, ratio
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return self.model(*inputs, self.ratio)
+
+
+def export(
+    model: RVM, path: Path | str, *, size: tuple[int, int] = (288, 512), downsample_ratio: float = 1.0,
+    dynamic: bool = False, keep_bn: bool = False, opset: int | None = None,
+) -> None:  # fmt: skip
+    """Write `model` as ONNX: inputs src, r1i..r4i (, downsample_ratio), outputs fgr, pha, r1o..r4o.
+
+    Args:
+        model: from `build`; it needs a refiner if `dynamic`, or if the downsample ratio is not 1.
+        path: appears when complete, never half-written.
+        size: height and width of src. Not used by `dynamic`.
+        downsample_ratio: fixed in the file, above 0 up to 1. Not used by `dynamic`, where it is an input [1].
+        dynamic: every size is free and first states are 1x1x1x1 zeros, as in the authors' own ONNX files.
+        keep_bn: leave BatchNormalization as nodes instead of folding it into the convs.
+        opset: 11 or later; 17 by default, 12 if `dynamic`.
+
+    Raises:
+        ValueError: the options contradict each other.
+    """
+    opset = opset or (12 if dynamic else 17)
+    reduced = dynamic or downsample_ratio != 1
+    if opset < 12:
+        raise ValueError(f"opset {opset} is too old for RVM; use 12 or later")
+    if not 0 < downsample_ratio <= 1:
+        raise ValueError(f"downsample ratio {downsample_ratio} is not above 0 and at most 1")
+    if reduced != (model.refiner is not None):
+        what = "a dynamic model" if dynamic else f"downsample ratio {downsample_ratio}"
+        raise ValueError(f"{what} {'needs a refiner' if reduced else 'leaves a refiner nothing to do'}")
+
+    module: nn.Module = model
+    names = [*INPUT_NAMES]
+    axes = None
+    if dynamic:
+        # 49 stays odd at each level (49, 25, 13, 7), and states of 1x1x1x1 differ from the shapes they expand to:
+        # so the trace holds every crop and every expansion.
+        inputs = (torch.rand(1, 3, 98, 98), *(torch.zeros(1, 1, 1, 1) for _ in range(4)), torch.tensor([0.5]))
+        names.append("downsample_ratio")
+        axes = {"src": {0: "batch", 2: "height", 3: "width"}}
+        axes |= {name: {0: "batch", 1: f"{name}_channels", 2: "height", 3: "width"} for name in OUTPUT_NAMES[:2]}
+        axes |= {name: dict(enumerate(_state_axes(name))) for name in (*INPUT_NAMES[1:], *OUTPUT_NAMES[2:])}
+    else:
+        if min(size) * downsample_ratio < 16:
+            raise ValueError(f"{size[1]}x{size[0]} at downsample ratio {downsample_ratio} is below 16 pixels")
+        module = _FixedRatio(model, downsample_ratio)
+        src = torch.rand(1, 3, *size)
+        with torch.no_grad():
+            states = module(src, *(torch.zeros(1, 1, 1, 1) for _ in range(4)))[2:]
+        inputs = (src, *(torch.zeros_like(state) for state in states))
+
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer, about the shapes it is meant to fix; of the exporter's age
+        torch.onnx.export(
+            module, inputs, buffer, input_names=names, output_names=list(OUTPUT_NAMES), dynamic_axes=axes,
+            opset_version=opset, dynamo=False,
+            training=torch.onnx.TrainingMode.PRESERVE if keep_bn else torch.onnx.TrainingMode.EVAL,
+        )  # fmt: skip
+    _write(Path(path), buffer.getvalue())
+
+
+def _state_axes(state: str) -> list[str]:
+    return [f"{state}_{axis}" for axis in ("batch", "channels", "height", "width")]
+
+
+def _write(path: Path, content: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    return int(height), int(width)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m models.rvm",
+        description="Export Robust Video Matting (weights: GPL-3.0, by its authors) to ONNX.",
+        epilog="example: python -m models.rvm --weights rvm_mobilenetv3.pth --size 512x288 -o rvm.onnx",
+    )
+    add = parser.add_argument
+    add("--weights", type=Path, metavar="FILE", help=".pth or .safetensors; random weights without it")
+    add("--variant", choices=VARIANTS, default="mobilenetv3")
+    add("--refiner", choices=REFINERS, help="guided filter to full size (with --dynamic: deep by default)")
+    add("--keep-bn", action="store_true", help="leave BatchNormalization unfolded")
+    add("--size", type=_size, default=(288, 512), metavar="WxH", help="of the input video (default 512x288)")
+    add("--downsample-ratio", type=float, default=1.0, metavar="R", help="run on a smaller image (default 1)")
+    add("--dynamic", action="store_true", help="free sizes and a downsample_ratio input")
+    add("--opset", type=int, metavar="N", help="default 17; 12 with --dynamic")
+    add("--seed", type=int, default=0, metavar="N", help="of random weights")
+    add("-o", "--output", type=Path, required=True, metavar="FILE")
+    options = parser.parse_args(arguments)
+    refiner = options.refiner or ("deep" if options.dynamic else None)
+    try:
+        state = load_state(options.weights) if options.weights else None
+        model = build(options.variant, state, refiner=refiner, seed=options.seed)
+        export(
+            model, options.output, size=options.size, downsample_ratio=options.downsample_ratio,
+            dynamic=options.dynamic, keep_bn=options.keep_bn, opset=options.opset,
+        )  # fmt: skip
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.output}: RVM {options.variant}, {options.output.stat().st_size:,} bytes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
