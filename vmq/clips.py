@@ -321,10 +321,7 @@ def _count_frames(path: Path, announced: int) -> int:
 @contextlib.contextmanager
 def _capture(source: Path | int) -> Iterator[cv2.VideoCapture]:
     with _quiet():
-        if isinstance(source, int):
-            capture = cv2.VideoCapture(source)
-        else:
-            capture = cv2.VideoCapture(str(source), cv2.CAP_FFMPEG)
+        capture = cv2.VideoCapture(source) if isinstance(source, int) else cv2.VideoCapture(str(source), cv2.CAP_FFMPEG)
     try:
         yield capture
     finally:
