@@ -1,0 +1,133 @@
+"""The arithmetic of quantization, in numpy and float32, as ONNX defines it.
+
+    q = saturate(round_half_even(x / scale) + zero_point)        QuantizeLinear
+    x' = (q - zero_point) * scale                                DequantizeLinear
+
+and the search for the range that loses least, minimising sum |x - x'|^p with p = 2.4, which is how BRECQ
+and QDrop initialise (Li et al. 2021; Wei et al. 2022).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vmq.spec import QuantSpec
+
+Floats = NDArray[np.float32]
+
+BINS = 2048
+"""Resolution of the histogram that ranges are searched on: eight bins for each 8-bit step."""
+SMALLEST_SCALE = float(np.finfo(np.float32).tiny) * 2**24
+"""No scale is smaller: x / scale and scale * scale stay finite and normal."""
+
+
+def quantize(x: NDArray[Any], scale: NDArray[Any] | float, zero_point: NDArray[Any] | int, spec: QuantSpec,
+             ) -> NDArray[np.int32]:
+    """QuantizeLinear on the grid of `spec`; scale and zero point broadcast along `spec.axis`. Returns int32."""
+    s, z = _along(scale, x.ndim, spec.axis), _along(zero_point, x.ndim, spec.axis)
+    steps = np.rint(x.astype(np.float32) / s.astype(np.float32)) + z.astype(np.float32)
+    q: NDArray[np.int32] = np.clip(steps, spec.qmin, spec.qmax).astype(np.int32)
+    return q
+
+
+def dequantize(q: NDArray[Any], scale: NDArray[Any] | float, zero_point: NDArray[Any] | int,
+               axis: int | None = None) -> Floats:
+    """DequantizeLinear; scale and zero point broadcast along `axis`."""
+    s, z = _along(scale, q.ndim, axis), _along(zero_point, q.ndim, axis)
+    return ((q.astype(np.int32) - z.astype(np.int32)).astype(np.float32) * s.astype(np.float32)).astype(np.float32)
+
+
+def scale_of_range(low: NDArray[Any] | float, high: NDArray[Any] | float, spec: QuantSpec,
+                   ) -> tuple[Floats, NDArray[np.int32]]:
+    """Scale and zero point of the asymmetric grid that spans [low, high], widened to hold 0 exactly."""
+    low = np.minimum(np.asarray(low, np.float64), 0.0)
+    high = np.maximum(np.asarray(high, np.float64), 0.0)
+    scale = np.maximum((high - low) / (spec.qmax - spec.qmin), SMALLEST_SCALE).astype(np.float32)
+    zero_point = np.clip(np.rint(spec.qmin - low / scale), spec.qmin, spec.qmax).astype(np.int32)
+    return scale, zero_point
+
+
+def search_range(samples: NDArray[Any], low: float, high: float, spec: QuantSpec, *, norm: float = 2.4,
+                 steps: int = 100) -> tuple[Floats, NDArray[np.int32]]:
+    """Scale and zero point of an activation that minimise the p-norm error.
+
+    Args:
+        samples: values of the tensor, any shape.
+        low, high: smallest and largest value it ever took (they may lie beyond the samples).
+        spec: an unsigned grid.
+        norm: p.
+        steps: ranges tried: first both ends shrunk together, then each end on its own.
+
+    Returns:
+        Two scalars (shape []): float32 scale, int32 zero point.
+    """
+    low, high = min(float(low), 0.0), max(float(high), 0.0)
+    if high - low < SMALLEST_SCALE:
+        return scale_of_range(0.0, 1.0, spec)
+    values, counts = _histogram(samples, low, high)
+
+    def best(lows: NDArray[np.float64], highs: NDArray[np.float64]) -> tuple[float, float]:
+        scales, zeros = scale_of_range(lows, highs, spec)
+        q = np.clip(np.rint(values / scales[:, None]) + zeros[:, None], spec.qmin, spec.qmax)
+        error = np.abs((q - zeros[:, None]).astype(np.float32) * scales[:, None] - values)
+        index = int(np.argmin(np.power(error, np.float32(norm)).astype(np.float64) @ counts))
+        return float(lows[index]), float(highs[index])
+
+    shrink = np.linspace(1.0, 0.1, steps)
+    lo, hi = best(low * shrink, high * shrink)
+    if low < 0.0 < high:
+        for _ in range(2):
+            ends = np.unique(np.append(low * shrink, lo))[::-1]
+            lo, hi = best(ends, np.full(len(ends), hi))
+            ends = np.unique(np.append(high * shrink, hi))[::-1]
+            lo, hi = best(np.full(len(ends), lo), ends)
+    return scale_of_range(lo, hi, spec)
+
+
+def search_weight_scale(weight: NDArray[Any], spec: QuantSpec, *, norm: float = 2.4, steps: int = 100) -> Floats:
+    """Scales of a symmetric weight grid that minimise the p-norm error, one per channel of `spec.axis`.
+
+    Returns:
+        float32 [channels], or [] when the axis is None. A channel of zeros gets scale 1.
+    """
+    rows = np.moveaxis(weight, spec.axis, 0).reshape(weight.shape[spec.axis], -1) if spec.axis is not None \
+        else weight.reshape(1, -1)
+    rows = rows.astype(np.float32)
+    largest = np.abs(rows).max(axis=1)
+    full = np.maximum(largest / spec.qmax, SMALLEST_SCALE).astype(np.float32)
+    scale, least = full.copy(), np.full(len(rows), np.inf)
+    for shrink in np.linspace(1.0, 0.1, steps):
+        tried = np.maximum(full * np.float32(shrink), np.float32(SMALLEST_SCALE))
+        q = np.clip(np.rint(rows / tried[:, None]), spec.qmin, spec.qmax)
+        error = np.power(np.abs(q * tried[:, None] - rows), np.float32(norm)).sum(axis=1, dtype=np.float64)
+        better = error < least
+        scale[better], least[better] = tried[better], error[better]
+    scale[largest == 0.0] = 1.0
+    chosen: Floats = scale if spec.axis is not None else scale.reshape(())
+    return chosen
+
+
+def _along(parameter: NDArray[Any] | float | int, rank: int, axis: int | None) -> NDArray[Any]:
+    array = np.asarray(parameter)
+    if array.ndim == 0 or axis is None:
+        return array
+    shape = [1] * rank
+    shape[axis] = -1
+    return array.reshape(shape)
+
+
+def _histogram(samples: NDArray[Any], low: float, high: float) -> tuple[Floats, NDArray[np.float64]]:
+    """Samples as (values, counts): themselves when few are distinct, else the means of `BINS` equal bins."""
+    flat = np.asarray(samples, np.float32).ravel()
+    values, counts = np.unique(flat, return_counts=True)
+    if len(values) > BINS:
+        bins = np.clip(((values - low) * (BINS / (high - low))).astype(np.int64), 0, BINS - 1)
+        weights = np.bincount(bins, counts, BINS)
+        sums = np.bincount(bins, counts * values.astype(np.float64), BINS)
+        filled = weights > 0
+        values, counts = (sums[filled] / weights[filled]).astype(np.float32), weights[filled]
+    ends = np.array([low, high], np.float32)      # the extremes count once each, sampled or not
+    return np.concatenate([values, ends]), np.concatenate([counts.astype(np.float64), np.ones(2)])

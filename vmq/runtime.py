@@ -1,0 +1,172 @@
+"""A model in ONNX Runtime that carries its recurrent state over a clip.
+
+Which input is the frame and which outputs are alpha and foreground follows from shapes: the frame is the
+input [1,3,H,W] that is no state, alpha the output with one channel, the foreground the one with three.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from vmq.errors import MediaError, ModelError, OptionError
+from vmq.graph import Graph
+from vmq.states import StatePair, pair_states
+
+STATES_KEY = "vmq.states"
+"""Metadata key under which a compiled model names its state pairs, as JSON {input: output}."""
+
+Array = NDArray[Any]
+
+ort.set_default_logger_severity(3)
+
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+
+
+class Session:
+    """One model, ready to run frame after frame.
+
+    Args:
+        model: a file, a serialized model, or a graph.
+        threads: intra-op threads; 0 leaves the choice to ONNX Runtime.
+        optimize: all graph optimizations, or none (the arithmetic as the graph is written).
+        downsample_ratio: fed to an input for it, where the model has one.
+        extra: names of further values to hand out as outputs.
+        pairs: state pairs by hand; default: the model's metadata, or else its topology.
+
+    Raises:
+        ModelError: the model cannot be read or run, or has no input that takes a frame.
+    """
+
+    def __init__(self, model: str | os.PathLike[str] | bytes | Graph, *, threads: int = 0, optimize: bool = True,
+                 downsample_ratio: float = 1.0, extra: Sequence[str] = (),
+                 pairs: Mapping[str, str] | None = None) -> None:
+        self.label = "model" if isinstance(model, (bytes, Graph)) else str(model)
+        graph = model if isinstance(model, Graph) else Graph.load(model)
+        self.state_pairs = _pairs_of(graph, pairs)
+        self._session = _create(graph, threads, optimize, extra, self.label)
+        self._states = {p.input: p.output for p in self.state_pairs}
+        self._types = {i.name: _TYPES.get(i.type) for i in self._session.get_inputs()}
+        self._shapes = {i.name: [d if isinstance(d, int) else None for d in i.shape]
+                        for i in self._session.get_inputs()}
+        self.frame_input = self._find_frame()
+        self._constants = self._find_constants(downsample_ratio)
+        self.output_names = [o.name for o in self._session.get_outputs()]
+        state_outputs = set(self._states.values()) | set(extra)
+        self._pictures = [n for n in self.output_names if n not in state_outputs]
+        self._channels: dict[str, int] = {}
+        self.reset()
+
+    @property
+    def size(self) -> tuple[int | None, int | None]:
+        """(H, W) that the model takes; None where it takes any."""
+        height, width = self._shapes[self.frame_input][2:]
+        return height, width
+
+    def reset(self) -> None:
+        """Back to the state before the first frame: zeros (1x1x1x1 where the model takes any shape)."""
+        self.state: dict[str, Array] = {
+            name: np.zeros([1 if d is None else d for d in self._shapes[name]], self._types[name] or np.float32)
+            for name in self._states}
+
+    def step(self, frame: NDArray[np.uint8]) -> dict[str, Array]:
+        """Run one frame, uint8 [3,H,W] RGB, and keep the new state. Returns all outputs by name, [1,C,H,W]."""
+        height, width = self.size
+        if frame.ndim != 3 or frame.shape[0] != 3 or height not in (None, frame.shape[1]) \
+                or width not in (None, frame.shape[2]):
+            raise MediaError(f"{self.label} takes frames of {width or 'any'}x{height or 'any'}, got "
+                             f"{frame.shape[-1]}x{frame.shape[-2]}; resize the frames, or compile for that size")
+        return self.feed((frame.astype(np.float32) / np.float32(255.0))[None])
+
+    def feed(self, frame: NDArray[np.float32]) -> dict[str, Array]:
+        """As `step`, with a frame of float32 [1,3,H,W] in 0..1."""
+        feeds = {self.frame_input: frame.astype(self._types[self.frame_input] or np.float32, copy=False),
+                 **self.state, **self._constants}
+        try:
+            results = self._session.run(None, feeds)
+        except Exception as error:  # onnxruntime raises bare classes of its own
+            raise ModelError(f"{self.label} does not run at {frame.shape[3]}x{frame.shape[2]}: "
+                             f"{' '.join(str(error).split())[:300]}") from error
+        outputs = dict(zip(self.output_names, results, strict=True))
+        self.state = {name: outputs[source] for name, source in self._states.items()}
+        if not self._channels:
+            self._channels = {n: outputs[n].shape[1] for n in self._pictures if outputs[n].ndim == 4}
+        return outputs
+
+    def alpha_of(self, outputs: Mapping[str, Array]) -> NDArray[np.float32]:
+        """Alpha out of what `step` returned: float32 [H,W] in 0..1."""
+        return np.clip(outputs[self._picture(1, "alpha")][0, 0].astype(np.float32), 0.0, 1.0)
+
+    def foreground_of(self, outputs: Mapping[str, Array]) -> NDArray[np.float32] | None:
+        """Foreground out of what `step` returned: float32 [3,H,W] in 0..1; None where the model has none."""
+        if 3 not in self._channels.values():
+            return None
+        return np.clip(outputs[self._picture(3, "foreground")][0].astype(np.float32), 0.0, 1.0)
+
+    def alphas(self, frames: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32]]:
+        """Alpha of each frame of a clip in closed loop from the zero state: float32 [H,W] in 0..1."""
+        self.reset()
+        for frame in frames:
+            yield self.alpha_of(self.step(frame))
+
+    def _picture(self, channels: int, what: str) -> str:
+        for name in self._pictures:
+            if self._channels.get(name) == channels:
+                return name
+        raise ModelError(f"{self.label} has no output [1,{channels},H,W] that could be {what}; "
+                         f"its outputs are {', '.join(self._pictures)}")
+
+    def _find_frame(self) -> str:
+        frames = [n for n, shape in self._shapes.items()
+                  if n not in self._states and len(shape) == 4 and shape[1] in (3, None) and self._types[n]]
+        exact = [n for n in frames if self._shapes[n][1] == 3]
+        if not frames:
+            raise ModelError(f"{self.label} has no input [1,3,H,W] for a frame; its inputs are "
+                             f"{', '.join(f'{n} {s}' for n, s in self._shapes.items())}")
+        return (exact or frames)[0]
+
+    def _find_constants(self, ratio: float) -> dict[str, Array]:
+        constants = {}
+        for name, shape in self._shapes.items():
+            if name == self.frame_input or name in self._states:
+                continue
+            if self._types[name] is None or len(shape) > 1 or any(d not in (1, None) for d in shape):
+                raise ModelError(f"{self.label}: input {name} {shape} is neither frame, state nor downsample ratio; "
+                                 "if it is a state, say with which output it goes: --pair IN=OUT")
+            constants[name] = np.full([1] * len(shape), ratio, self._types[name])
+        return constants
+
+
+def _pairs_of(graph: Graph, pairs: Mapping[str, str] | None) -> tuple[StatePair, ...]:
+    if not pairs and STATES_KEY in graph.metadata:
+        try:
+            pairs = json.loads(graph.metadata[STATES_KEY])
+            return tuple(StatePair(str(i), str(o)) for i, o in dict(pairs or {}).items())
+        except (ValueError, TypeError) as error:
+            raise ModelError(f"the model's metadata {STATES_KEY} is damaged: {error}") from error
+    return pair_states(graph, pairs)
+
+
+def _create(graph: Graph, threads: int, optimize: bool, extra: Sequence[str], label: str) -> Any:
+    if threads < 0:
+        raise OptionError(f"--threads {threads}: give 0 (all) or more")
+    options = ort.SessionOptions()
+    options.graph_optimization_level = (ort.GraphOptimizationLevel.ORT_ENABLE_ALL if optimize
+                                        else ort.GraphOptimizationLevel.ORT_DISABLE_ALL)
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    proto = graph.to_proto()
+    present = {o.name for o in proto.graph.output}
+    proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in dict.fromkeys(extra) if n not in present)
+    try:
+        return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises bare classes of its own
+        raise ModelError(f"{label} cannot be loaded by ONNX Runtime {ort.__version__}: "
+                         f"{' '.join(str(error).split())[:300]}") from error
