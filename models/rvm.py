@@ -19,14 +19,14 @@ Parameter names are those of the authors' released state dicts, whose weights ar
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import pickle
 import sys
-import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,9 +70,7 @@ def _conv_bn(
     channels_in: int, channels: int, kernel: int, act: type[nn.Module] | None, *,
     stride: int = 1, dilation: int = 1, groups: int = 1, eps: float = 1e-3,
 ) -> nn.Sequential:  # fmt: skip
-    conv = nn.Conv2d(
-        channels_in, channels, kernel, stride, kernel // 2 * dilation, dilation, groups, bias=False
-    )
+    conv = nn.Conv2d(channels_in, channels, kernel, stride, kernel // 2 * dilation, dilation, groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(channels, eps), *([act()] if act else []))
 
 
@@ -100,9 +98,7 @@ class _InvertedResidual(nn.Module):
         layers: list[nn.Module] = []
         if expanded != channels_in:
             layers.append(_conv_bn(channels_in, expanded, 1, act))
-        layers.append(
-            _conv_bn(expanded, expanded, kernel, act, stride=stride, dilation=dilation, groups=expanded)
-        )
+        layers.append(_conv_bn(expanded, expanded, kernel, act, stride=stride, dilation=dilation, groups=expanded))
         if se:
             layers.append(_SqueezeExcitation(expanded))
         layers.append(_conv_bn(expanded, channels, 1, None))
@@ -110,7 +106,7 @@ class _InvertedResidual(nn.Module):
         self.shortcut = stride == 1 and channels_in == channels
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.block(x)
+        y: Tensor = self.block(x)
         return x + y if self.shortcut else y
 
 
@@ -198,7 +194,8 @@ class LRASPP(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.aspp1(x) * self.aspp2(x)
+        gated: Tensor = self.aspp1(x) * self.aspp2(x)
+        return gated
 
 
 # ------------------------------------------------------------------------------------------------------ decoder
@@ -216,8 +213,8 @@ class ConvGRU(nn.Module):
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         if h.shape != x.shape:
             h = h.expand_as(x)
-        r, z = self.ih(torch.cat((x, h), 1)).split(self.channels, 1)
-        candidate = self.hh(torch.cat((x, r * h), 1))
+        r, z = torch.split(self.ih(torch.cat((x, h), 1)), self.channels, 1)
+        candidate: Tensor = self.hh(torch.cat((x, r * h), 1))
         return (1 - z) * h + z * candidate
 
 
@@ -238,15 +235,15 @@ class _Level(nn.Module):
 
     def __init__(self, channels_in: int, channels: int, *, bottom: bool = False) -> None:
         super().__init__()
-        self.half = channels // 2
+        self.kept = channels // 2
         if not bottom:
             self.conv = _conv_bn(channels_in, channels, 3, nn.ReLU, eps=1e-5)
-        self.gru = ConvGRU(self.half)
+        self.gru = ConvGRU(self.kept)
 
     def forward(self, x: Tensor, h: Tensor, skip: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
         if skip:
             x = self.conv(torch.cat((_double(x, skip[-1]), *skip), 1))
-        passed, remembered = x.split(self.half, 1)
+        passed, remembered = torch.split(x, self.kept, 1)
         state = self.gru(remembered, h)
         return torch.cat((passed, state), 1), state
 
@@ -260,7 +257,8 @@ class _Output(nn.Module):
         )
 
     def forward(self, x: Tensor, image: Tensor) -> Tensor:
-        return self.conv(torch.cat((_double(x, image), image), 1))
+        hidden: Tensor = self.conv(torch.cat((_double(x, image), image), 1))
+        return hidden
 
 
 class Decoder(nn.Module):
@@ -291,12 +289,41 @@ class Decoder(nn.Module):
 # ------------------------------------------------------------------------------------------------------ refiners
 
 
-class DeepGuidedFilter(nn.Module):
-    """Guided filter whose A a small network of 1x1 convs predicts from covariance, variance and the decoder's features.
+class _GuidedFilter(nn.Module):
+    """The best local linear map from image (and gray) to foreground residual and alpha, applied at full size.
 
-    forward: src [N,3,H,W], its (H, W), small [N,3,h,w], y [N,4,h,w] (foreground residual, alpha), hidden [N,16,h,w]
-    to [N,4,H,W].
+    forward: src [N,3,H,W], small [N,3,h,w], y [N,4,h,w] (foreground residual, alpha), hidden [N,16,h,w] to [N,4,H,W].
     """
+
+    def box(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def slope(self, cov: Tensor, var: Tensor, hidden: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, src: Tensor, small: Tensor, y: Tensor, hidden: Tensor) -> Tensor:
+        fine, x = (torch.cat((image, image.mean(1, keepdim=True)), 1) for image in (src, small))
+        mean_x, mean_y = self.box(x), self.box(y)
+        cov = self.box(x * y) - mean_x * mean_y
+        var = self.box(x * x) - mean_x * mean_x
+        a = self.slope(cov, var, hidden)
+        b = mean_y - a * mean_x
+        a, b = (F.interpolate(t, src.shape[2:], mode="bilinear", align_corners=False) for t in (a, b))
+        return a * fine + b
+
+
+class FastGuidedFilter(_GuidedFilter):
+    """The classical A = cov / (var + eps), without parameters."""
+
+    def box(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 3, 1, 1)  # zeros outside count as pixels, as in the deep one's conv
+
+    def slope(self, cov: Tensor, var: Tensor, hidden: Tensor) -> Tensor:  # noqa: ARG002
+        return cov / (var + 1e-5)
+
+
+class DeepGuidedFilter(_GuidedFilter):
+    """A network of 1x1 convs predicts A from covariance, variance and the decoder's features."""
 
     def __init__(self, hidden: int = 16) -> None:
         super().__init__()
@@ -308,34 +335,13 @@ class DeepGuidedFilter(nn.Module):
             nn.Conv2d(hidden, 4, 1),
         )
 
+    def box(self, x: Tensor) -> Tensor:
+        mean: Tensor = self.box_filter(x)
+        return mean
+
     def slope(self, cov: Tensor, var: Tensor, hidden: Tensor) -> Tensor:
-        return self.conv(torch.cat((cov, var, hidden), 1))
-
-    def forward(
-        self, src: Tensor, full_size: Sequence[int], small: Tensor, y: Tensor, hidden: Tensor
-    ) -> Tensor:
-        fine, x = (torch.cat((image, image.mean(1, keepdim=True)), 1) for image in (src, small))
-        mean_x, mean_y = self.box_filter(x), self.box_filter(y)
-        cov = self.box_filter(x * y) - mean_x * mean_y
-        var = self.box_filter(x * x) - mean_x * mean_x
-        a = self.slope(cov, var, hidden)
-        b = mean_y - a * mean_x
-        a, b = (F.interpolate(t, full_size, mode="bilinear", align_corners=False) for t in (a, b))
-        return a * fine + b
-
-
-class FastGuidedFilter(DeepGuidedFilter):
-    """The same filter with the classical A = cov / (var + eps): it has no parameters."""
-
-    def __init__(self) -> None:
-        nn.Module.__init__(self)
-        self.register_buffer("window", torch.full((4, 1, 3, 3), 1 / 9), persistent=False)
-
-    def box_filter(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.window, padding=1, groups=4)
-
-    def slope(self, cov: Tensor, var: Tensor, hidden: Tensor) -> Tensor:  # noqa: ARG002
-        return cov / (var + 1e-5)
+        a: Tensor = self.conv(torch.cat((cov, var, hidden), 1))
+        return a
 
 
 class _ResizeByFactor(torch.autograd.Function):
@@ -346,12 +352,15 @@ class _ResizeByFactor(torch.autograd.Function):
         return _resize(x, float(factor))
 
     @staticmethod
-    def symbolic(g: torch._C.Graph, x: torch._C.Value, factor: torch._C.Value) -> torch._C.Value:
+    def symbolic(g: Any, x: Any, factor: Any) -> Any:  # of the exporter's graph and its values
         ones = g.op("Constant", value_t=torch.ones(2))
         scales = g.op("Concat", ones, factor, factor, axis_i=0)
         no_roi = g.op("Constant", value_t=torch.zeros(0))
         mode = "pytorch_half_pixel"
         return g.op("Resize", x, no_roi, scales, mode_s="linear", coordinate_transformation_mode_s=mode)
+
+
+_resize_by_factor: Callable[[Tensor, Tensor], Tensor] = _ResizeByFactor.apply
 
 
 def _resize(x: Tensor, factor: float) -> Tensor:
@@ -361,6 +370,16 @@ def _resize(x: Tensor, factor: float) -> Tensor:
 # --------------------------------------------------------------------------------------------------- the network
 
 
+class _Projection(nn.Module):
+    def __init__(self, channels_in: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels_in, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        return y
+
+
 class RVM(nn.Module):
     """Robust Video Matting, one frame at a time.
 
@@ -368,6 +387,9 @@ class RVM(nn.Module):
     downsample_ratio as a float, or as a tensor [1] that stays an input when exported. Returns fgr [N,3,H,W],
     pha [N,1,H,W], both in 0..1, and the new states.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, variant: str = "mobilenetv3", refiner: str | None = None) -> None:
         super().__init__()
@@ -384,11 +406,10 @@ class RVM(nn.Module):
         *skips, deepest = self.backbone.channels
         self.aspp = LRASPP(deepest, aspp)
         self.decoder = Decoder((*skips, aspp), widths)
-        self.project_mat = nn.Module()
-        self.project_mat.conv = nn.Conv2d(widths[-1], 4, 1)
-        self.refiner = {None: None, "deep": DeepGuidedFilter, "fast": FastGuidedFilter}[refiner]
-        if self.refiner is not None:
-            self.refiner = self.refiner()
+        self.project_mat = _Projection(widths[-1])
+        self.refiner: _GuidedFilter | None = None
+        if refiner is not None:
+            self.refiner = DeepGuidedFilter(widths[-1]) if refiner == "deep" else FastGuidedFilter()
         self.register_buffer("mean", torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1), persistent=False)
 
@@ -396,20 +417,19 @@ class RVM(nn.Module):
         self, src: Tensor, r1: Tensor, r2: Tensor, r3: Tensor, r4: Tensor,
         downsample_ratio: float | Tensor = 1.0,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        full_size: Sequence[int] = [int(n) for n in src.shape[2:]]
+        small = src
         if isinstance(downsample_ratio, Tensor):
-            full_size = src.shape[2:]  # traced, not fixed
-            small = _ResizeByFactor.apply(src, downsample_ratio)
-        elif downsample_ratio == 1:
-            small = src
-        else:
+            small = _resize_by_factor(src, downsample_ratio)
+        elif downsample_ratio != 1:
             small = _resize(src, downsample_ratio)
         *skips, deepest = self.backbone((small - self.mean) / self.std)
         hidden, *states = self.decoder(small, (*skips, self.aspp(deepest)), (r1, r2, r3, r4))
-        y = self.project_mat.conv(hidden)
+        y = self.project_mat(hidden)
         if small is not src:
-            y = self.refiner(src, full_size, small, y, hidden)
-        residual, alpha = y.split((3, 1), 1)
+            if self.refiner is None:
+                raise ValueError("a downsample ratio other than 1 needs a refiner")
+            y = self.refiner(src, small, y, hidden)
+        residual, alpha = torch.split(y, [3, 1], 1)
         return ((residual + src).clamp(0, 1), alpha.clamp(0, 1), *states)
 
 
@@ -422,15 +442,14 @@ def load_state(path: Path | str) -> dict[str, Tensor]:
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+            state: object = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise WeightsError(f"no such weights file: {path}") from None
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise WeightsError(
-            f"{path} is neither .safetensors nor a .pth with a plain state dict: {reason}"
-        ) from None
+        raise WeightsError(f"{path} is neither .safetensors nor a .pth with a plain state dict: {reason}") from None
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise WeightsError(f"{path} holds no state dict of named tensors; save model.state_dict() and use that")
     return dict(state)
@@ -486,7 +505,8 @@ class _FixedRatio(nn.Module):
         self.model, self.ratio = model, ratio
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return self.model(*inputs, self.ratio)
+        outputs: tuple[Tensor, ...] = self.model(*inputs, self.ratio)
+        return outputs
 
 
 def export(
@@ -502,11 +522,15 @@ def export(
         downsample_ratio: fixed in the file, above 0 up to 1. Not used by `dynamic`, where it is an input [1].
         dynamic: every size is free and first states are 1x1x1x1 zeros, as in the authors' own ONNX files.
         keep_bn: leave BatchNormalization as nodes instead of folding it into the convs.
-        opset: 11 or later; 17 by default, 12 if `dynamic`.
+        opset: 12 or later; 17 by default, 12 if `dynamic`.
 
     Raises:
-        ValueError: the options contradict each other.
+        ValueError: an option has a value that cannot be used, or two contradict each other.
+        OSError: the file cannot be written.
     """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.parent} to write {path.name} in")
     opset = opset or (12 if dynamic else 17)
     reduced = dynamic or downsample_ratio != 1
     if opset < 12:
@@ -531,41 +555,40 @@ def export(
     else:
         if min(size) * downsample_ratio < 16:
             raise ValueError(f"{size[1]}x{size[0]} at downsample ratio {downsample_ratio} is below 16 pixels")
-        module = _FixedRatio(model, downsample_ratio)
+        module = _FixedRatio(model, downsample_ratio).eval()
         src = torch.rand(1, 3, *size)
         with torch.no_grad():
             states = module(src, *(torch.zeros(1, 1, 1, 1) for _ in range(4)))[2:]
         inputs = (src, *(torch.zeros_like(state) for state in states))
 
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
+    with _written_whole(path) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer, about the shapes it is meant to fix; of the exporter's age
         torch.onnx.export(
-            module, inputs, buffer, input_names=names, output_names=list(OUTPUT_NAMES), dynamic_axes=axes,
+            module, inputs, temporary, input_names=names, output_names=list(OUTPUT_NAMES), dynamic_axes=axes,
             opset_version=opset, dynamo=False,
             training=torch.onnx.TrainingMode.PRESERVE if keep_bn else torch.onnx.TrainingMode.EVAL,
         )  # fmt: skip
-    _write(Path(path), buffer.getvalue())
 
 
 def _state_axes(state: str) -> list[str]:
     return [f"{state}_{axis}" for axis in ("batch", "channels", "height", "width")]
 
 
-def _write(path: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+@contextmanager
+def _written_whole(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that replaces it when the block ends well, and goes when it does not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _size(text: str) -> tuple[int, int]:
     width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no WIDTHxHEIGHT such as 512x288")
     return int(height), int(width)
 
 
