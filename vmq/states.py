@@ -17,7 +17,7 @@ computed from the frame confuses nothing. What every pair must have:
   convolution or the like) that the input has no influence on: RVM's src -> fgr (same shape, reachable) and a
   pair of images that are stacked and sent through one network are no states;
 - an input that is handed out unchanged (`o = Identity(i)`) is a constant that the caller keeps; it never
-  changes, and is not a state.
+  changes, and is not a state. (So a delay line, p2' = p1, has to be paired by hand.)
 
 Equal candidates. Of two with equally many nodes between, the one that is not image-like wins, then the
 one with the shorter path (h1' = h1 + d before h2' = h2 + d where both read both). If they still are equal
@@ -28,7 +28,7 @@ equal, topology does not tell: an error names both. A trimap and a fed-back alph
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ import numpy as np
 from vmq.errors import ModelError, OptionError
 from vmq.graph import Graph, Variable
 
-__all__ = ["WEIGHTED", "DataFlow", "StatePair", "data_operands", "pair_states"]
+__all__ = ["WEIGHTED", "DataFlow", "StatePair", "all_operands", "data_operands", "pair_states"]
 
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
 """Operators that multiply and accumulate: the ones worth quantizing."""
@@ -74,8 +74,13 @@ def data_operands(node: Any) -> list[Any]:
     return [v for v in values if isinstance(v, Variable) and not v.is_empty()]
 
 
+def all_operands(node: Any) -> list[Any]:
+    """The values that a node reads, for whatever purpose: no constants or omitted operands."""
+    return [v for v in node.inputs if isinstance(v, Variable) and not v.is_empty()]
+
+
 class DataFlow:
-    """Who feeds whom in a graph, over data alone.
+    """Who feeds whom in a graph: over data alone, or with `all_operands` over every edge.
 
     Sets of nodes are Python integers: bit k stands for `nodes[k]`, in topological order. That makes
     "on a path from here to there" an AND, at any size of graph.
@@ -83,16 +88,18 @@ class DataFlow:
     Attributes:
         nodes: the graph's nodes.
         index: a node's place, by id(node).
+        operands: which values a node reads.
         feeds, users: per node, the places of its direct predecessors and successors, ascending.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, operands: Callable[[Any], list[Any]] = data_operands) -> None:
+        self.operands = operands
         self.nodes: list[Any] = list(graph.nodes)
         self.index: dict[int, int] = {id(n): k for k, n in enumerate(self.nodes)}
         self.feeds: list[list[int]] = []
         self.users: list[list[int]] = [[] for _ in self.nodes]
         for k, node in enumerate(self.nodes):
-            self.feeds.append(sorted({self.index[id(p)] for v in data_operands(node) for p in v.inputs}))
+            self.feeds.append(sorted({self.index[id(p)] for v in operands(node) for p in v.inputs}))
             for p in self.feeds[k]:
                 self.users[p].append(k)
 
@@ -101,8 +108,8 @@ class DataFlow:
         return self.mask(self.index[id(n)] for n in value.inputs)
 
     def consumers(self, value: Any) -> int:
-        """The nodes that read `value` as data."""
-        return self.mask(self.index[id(n)] for n in value.outputs if any(v is value for v in data_operands(n)))
+        """The nodes that read `value`."""
+        return self.mask(self.index[id(n)] for n in value.outputs if any(v is value for v in self.operands(n)))
 
     def descendants(self, seeds: int) -> int:
         """`seeds` and every node that depends on one of them."""
