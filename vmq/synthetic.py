@@ -59,7 +59,7 @@ def synthetic_clips(size: Size = (288, 512), count: int = 8, frames: int = 32, s
 
             return draw
 
-        name = f"built-in {seed}-{index}"
+        name = f"built-in-{index}-{_backdrop_kind(index).__name__.strip('_')}"
         return Clip(name, FPS, size, frames, read(Scene.frame), read(Scene.alpha))
 
     return [clip(index) for index in range(count)]
@@ -99,16 +99,16 @@ class Scene:
         tall = _figure().shape[0]
         scale = height / tall * (0.84 + 0.16 * (index * 3 % 8) / 2 + rng.uniform(0, 0.1))
         self._largest = scale * 1.1
-        figure = cv2.copyMakeBorder(figure, 2, 0, 2, 2, cv2.BORDER_CONSTANT)
+        self._headroom = (PADDING + 2) * self._largest
+        figure = np.pad(figure, [(2, 0), (2, 2), (0, 0)])
         how = cv2.INTER_AREA if self._largest < 1 else cv2.INTER_LINEAR
         self._figure = cast(Array, cv2.resize(figure, None, fx=self._largest, fy=self._largest, interpolation=how))
         self._scale = Path(rng, scale, scale * 0.06, 60)
         self._lean = Path(rng, 0, 0.09, 45)
-        leaves = index % 4 == 2
-        self._x = Path(
-            rng, size[1] * rng.uniform(0.35, 0.65), size[1] * (0.33 if leaves else 0.1), 70 if leaves else 50
-        )
-        self._y = Path(rng, height * 0.02, height * 0.02, 30)
+        leaves = index % 4 == 2  # goes partly out of the picture and comes back
+        middle, swing = size[1] * rng.uniform(0.35, 0.65), size[1] * (0.3 if leaves else 0.1)
+        self._x = Path(rng, middle, swing, 110 if leaves else 60)
+        self._top = Path(rng, height * 0.08, height * 0.06, 40)
         self._backdrop = _backdrop(index, size, rng)
         pan = 0.1 * min(size)
         self._pan = (
@@ -122,6 +122,7 @@ class Scene:
         self.noise = float(rng.uniform(0.5, 2.5))
         self._grain = (rng.standard_normal((height + 61, size[1] + 61, 3)) * self.noise).astype(np.float32)
         self._key = seed, index
+        self._latest: tuple[int, Array] | None = None  # frame and alpha are often asked for in turn
 
     def frame(self, number: int) -> Frame:
         """Draw a frame, uint8 [3,H,W] RGB."""
@@ -139,7 +140,7 @@ class Scene:
         drawn = self._drawn(number)
         foreground = drawn[..., :3] / np.maximum(drawn[..., 3:], 1e-4)
         gain, tint = self._gain(number), self._tint(number)
-        light = np.float32([gain * (1 + tint), gain, gain * (1 - tint)])
+        light = _floats([gain * (1 + tint), gain, gain * (1 - tint)])
         rng = np.random.default_rng((*self._key, number))
         top, left = rng.integers(0, 62, 2)
         grain = self._grain[top : top + self.size[0], left : left + self.size[1]]
@@ -150,11 +151,16 @@ class Scene:
 
     def _drawn(self, number: int) -> Array:
         """Draw the figure, premultiplied RGBA [H,W,4] with alpha 0..1, averaged over the open shutter."""
+        latest = self._latest
+        if latest is not None and latest[0] == number:
+            return latest[1]
         total = np.zeros((*self.size, 4), np.float32)
         for moment in range(MOMENTS):
             time = number + SHUTTER * (moment / (MOMENTS - 1) - 0.5)
             total += cv2.warpAffine(self._figure, self._placed(time), self.size[::-1], flags=cv2.INTER_LINEAR)
-        return total / np.float32(MOMENTS)
+        total /= np.float32(MOMENTS)
+        self._latest = number, total
+        return total
 
     def _placed(self, time: float) -> NDArray[np.float64]:
         """Where the figure stands, 2x3: it leans about the middle of its lower edge, which stays out of sight."""
@@ -163,7 +169,7 @@ class Scene:
         cosine, sine = scale * np.cos(lean), scale * np.sin(lean)
         turn = np.array([[cosine, -sine], [sine, cosine]])
         below = self.size[0] + 1 + abs(sine) * wide / 2
-        foot = np.array([self._x(time), below + self._y(time)])
+        foot = np.array([self._x(time), max(below, self._top(time) + cosine * (tall - self._headroom))])
         return np.column_stack([turn, foot - turn @ np.array([wide / 2, tall])])
 
     def _background(self, time: float) -> Array:
@@ -183,11 +189,16 @@ class Path:
         self._middle = middle
         self._waves = [
             (amplitude * share, 2 * np.pi / (period * stretch * rng.uniform(0.8, 1.25)), rng.uniform(0, 2 * np.pi))
-            for share, stretch in ((0.8, 1.0), (0.2, 0.37))
+            for share, stretch in ((0.88, 1.0), (0.12, 0.37))
         ]
 
     def __call__(self, time: float) -> float:
+        """Give the value at a time, in frames."""
         return float(self._middle + sum(size * np.sin(speed * time + phase) for size, speed, phase in self._waves))
+
+
+def _floats(values: object) -> Array:
+    return np.asarray(values, np.float32)
 
 
 def _eight_bit(alpha: Array) -> Frame:
@@ -208,18 +219,17 @@ def _figure() -> Array:
 
 
 def _recoloured(figure: Array, rng: np.random.Generator) -> Array:
-    """Turn the hue of what is saturated (the suit; not skin and hair) and move brightness and contrast a little."""
+    """Give the suit another hue, and move brightness, contrast and white balance a little."""
     colour = figure[..., :3]
-    hsv = cv2.cvtColor(colour / 255, cv2.COLOR_RGB2HSV)
-    suit = np.clip((hsv[..., 1] - 0.62) / 0.14, 0, 1)[..., None]
-    suit[: round(0.3 * len(suit))] = 0  # lips are as saturated
-    hsv[..., 0] = (hsv[..., 0] + rng.uniform(0, 360)) % 360
-    hsv[..., 1] *= rng.uniform(0.35, 0.9)
-    hsv[..., 2] *= rng.uniform(0.45, 1.0)
-    other = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB) * 255
+    hsv = _floats(cv2.cvtColor(colour / 255, cv2.COLOR_RGB2HSV))
+    suit = np.clip((hsv[..., 1] - 0.25) / 0.2, 0, 1)[..., None]
+    suit[: round(0.39 * len(suit))] = 0  # head and neck
+    hue = (hsv[..., 0] + rng.uniform(0, 360)) % 360
+    dress = np.dstack([hue, hsv[..., 1] * rng.uniform(0.3, 0.9), hsv[..., 2] * rng.uniform(0.45, 1.0)])
+    other = _floats(cv2.cvtColor(_floats(dress), cv2.COLOR_HSV2RGB)) * 255
     colour = colour * (1 - suit) + other * suit
     colour = (colour - 110) * rng.uniform(0.85, 1.1) + 110 * rng.uniform(0.85, 1.1)
-    return np.dstack([np.clip(colour * rng.uniform(0.94, 1.06, 3).astype(np.float32), 0, 255), figure[..., 3]])
+    return _floats(np.dstack([np.clip(colour * rng.uniform(0.94, 1.06, 3), 0, 255), figure[..., 3]]))
 
 
 def _with_hairs(figure: Array, rng: np.random.Generator) -> Array:
@@ -251,11 +261,13 @@ def _with_hairs(figure: Array, rng: np.random.Generator) -> Array:
     return np.dstack([colour * whole[..., None], whole])
 
 
+def _backdrop_kind(index: int) -> Callable[[int, int, np.random.Generator], Array]:
+    return (_foliage, _bricks, _sky, _curtain, _tiles, _lights, _shelf, _room)[index % 8]
+
+
 def _backdrop(index: int, size: Size, rng: np.random.Generator) -> Array:
     """Draw one of the background textures, RGB float32 0..255, a quarter larger than the picture."""
-    tall, wide = round(size[0] * 1.25), round(size[1] * 1.25)
-    kinds = (_foliage, _bricks, _sky, _curtain, _tiles, _lights, _shelf, _room)
-    picture = kinds[index % len(kinds)](tall, wide, rng)
+    picture = _backdrop_kind(index)(round(size[0] * 1.25), round(size[1] * 1.25), rng)
     return np.clip(picture, 0, 255).astype(np.float32)
 
 
@@ -326,19 +338,19 @@ def _lights(tall: int, wide: int, rng: np.random.Generator) -> Array:
         glow = np.zeros((tall, wide), np.float32)
         where = int(rng.integers(wide)), int(rng.integers(tall))
         cv2.circle(glow, where, int(tall * rng.uniform(0.015, 0.055)), 1.0, -1, cv2.LINE_AA)
-        glow = cv2.GaussianBlur(glow, (0, 0), tall * 0.004)
+        glow = _floats(cv2.GaussianBlur(glow, (0, 0), tall * 0.004))
         night += glow[..., None] * rng.uniform((90, 50, 20), (200, 160, 150)).astype(np.float32) * rng.uniform(0.3, 0.9)
     return night
 
 
 def _shelf(tall: int, wide: int, rng: np.random.Generator) -> Array:
-    picture = np.zeros((tall, wide, 3), np.float32) + np.float32((66, 46, 34))
+    picture = _floats(np.full((tall, wide, 3), (66, 46, 34)))
     board = tall // 4
     for top in range(0, tall, board):
         left = 0
         while left < wide:
             thick, high = int(tall * rng.uniform(0.02, 0.06)), int(board * rng.uniform(0.62, 0.88))
-            spine = rng.uniform((40, 40, 40), (190, 170, 160))
+            spine = rng.uniform(40, 170) + rng.uniform(-32, 32, 3)
             bottom = top + board - tall // 40
             cv2.rectangle(picture, (left, bottom - high), (left + thick - 2, bottom), spine.tolist(), -1)
             stripe = bottom - int(high * rng.uniform(0.3, 0.8))
@@ -349,7 +361,7 @@ def _shelf(tall: int, wide: int, rng: np.random.Generator) -> Array:
 
 
 def _room(tall: int, wide: int, rng: np.random.Generator) -> Array:
-    picture = np.zeros((tall, wide, 3), np.float32) + np.float32((186, 178, 164))
+    picture = _floats(np.full((tall, wide, 3), (186, 178, 164)))
     for left in (0.05, 0.4, 0.75):
         x0, x1 = int(wide * left), int(wide * (left + 0.2))
         y0, y1 = int(tall * 0.12), int(tall * 0.62)
