@@ -114,7 +114,7 @@ def find_closures(graph: Graph, pairs: Sequence[StatePair]) -> Closures:
         glued.keep(flow.members(mask))
     _keep_forks(graph, flow, glued, whole, {p.input for p in pairs})
     _keep_depthwise(flow, glued, whole)
-    pieces = _joined_blocks(flow, _intervals(flow, glued, whole), whole)
+    pieces = _joined_blocks(flow, _intervals(graph, every, glued, whole), whole)
     return Closures(
         tuple(StateClosure(pair, flow.names(mask)) for pair, mask in zip(pairs, masks, strict=True)),
         tuple(Block(f"block{k:02d}", flow.names(piece)) for k, piece in enumerate(pieces)))
@@ -141,16 +141,16 @@ def _recurrent(graph: Graph, flow: DataFlow, every: DataFlow, pairs: Sequence[St
             break
         cores = joined
     outputs = {id(v) for v in graph.outputs}
-    fed = {core: _with_feeders(every, core, outputs) for core in sorted(set(cores))}
+    fed = {core: _with_feeders(flow, every, core, outputs) for core in sorted(set(cores))}
     return [fed[core] for core in cores]
 
 
-def _with_feeders(every: DataFlow, core: int, outputs: set[int]) -> int:
-    """`core` and the nodes whose results are read only in it, back to the first weighted operator."""
+def _with_feeders(flow: DataFlow, every: DataFlow, core: int, outputs: set[int]) -> int:
+    """`core` and the nodes that are read as data, and only in it, back to the first weighted operator."""
     found = core
     for k in range(core.bit_length() - 1, -1, -1):
         node, users = every.nodes[k], every.users[k]
-        if found >> k & 1 or not users or any(id(v) in outputs for v in node.outputs):
+        if found >> k & 1 or not flow.users[k] or any(id(v) in outputs for v in node.outputs):
             continue
         behind_weighted = all(every.nodes[u].op in WEIGHTED for u in users) and bool(all_operands(node))
         if not behind_weighted and all(found >> u & 1 for u in users):
@@ -314,12 +314,9 @@ def _keep_depthwise(flow: DataFlow, order: _Order, groups: list[int]) -> None:
         closing.update(near)
         for behind in near:
             order.keep((k, behind), limit=LOCAL)
-        ahead = k
-        while len(flow.feeds[ahead]) == 1 and (ahead == k or flow.nodes[ahead].op not in WEIGHTED):
-            ahead = flow.feeds[ahead][0]
-            if _nearest_weighted(flow, ahead, flow.users) != [k]:
-                break
-            if _is_pointwise(flow.nodes[ahead]) and ahead not in closing and ahead not in recurrent:
+        for ahead in _nearest_weighted(flow, k, flow.feeds):
+            if (_is_pointwise(flow.nodes[ahead]) and ahead not in closing and ahead not in recurrent
+                    and _nearest_weighted(flow, ahead, flow.users) == [k]):
                 order.keep((ahead, k), limit=LOCAL)
 
 
@@ -346,25 +343,31 @@ def _is_pointwise(node: Any) -> bool:
     return weight is not None and node.attrs.get("group", 1) == 1 and all(n == 1 for n in weight[2:])
 
 
-def _intervals(flow: DataFlow, order: _Order, groups: list[int]) -> list[int]:
+def _intervals(graph: Graph, every: DataFlow, order: _Order, groups: list[int]) -> list[int]:
     """The blocks: one for each run with a weighted operator or a closure, the other runs shared out."""
-    heavy = flow.weighted() | _union(groups)
+    heavy = every.weighted() | _union(groups)
+    moving = every.descendants(_union(every.consumers(v) for v in graph.inputs))
     blocks: list[int] = []
     waiting = 0                                     # runs that go with what comes next
+    fixed = 0                                       # constants in the making, which do so too, but cut nothing
     for run in order.runs():
-        mask = flow.mask(run)
+        if not every.mask(run) & moving:
+            fixed |= every.mask(run)
+            continue
+        first = next(k for k in run if moving >> k & 1)
+        mask, fixed = every.mask(run) | fixed, 0
         if mask & heavy:
             blocks.append(waiting | mask)
             waiting = 0
-        elif not waiting and blocks and flow.nodes[run[0]].op not in _OPENING and any(
-                blocks[-1] >> p & 1 for p in flow.feeds[run[0]]):
+        elif not waiting and blocks and every.nodes[first].op not in _OPENING and any(
+                blocks[-1] >> p & 1 for p in every.feeds[first]):
             blocks[-1] |= mask
         else:
             waiting |= mask
-    if waiting and blocks:
-        blocks[-1] |= waiting
-    elif waiting:
-        blocks.append(waiting)
+    if blocks:
+        blocks[-1] |= waiting | fixed
+    elif waiting | fixed:
+        blocks.append(waiting | fixed)
     return blocks
 
 
