@@ -289,43 +289,23 @@ class Decoder(nn.Module):
 # ------------------------------------------------------------------------------------------------------ refiners
 
 
-class _GuidedFilter(nn.Module):
-    """The best local linear map from image (and gray) to foreground residual and alpha, applied at full size.
+def _with_gray(image: Tensor) -> Tensor:
+    return torch.cat((image, image.mean(1, keepdim=True)), 1)
+
+
+def _line(src: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """a * [src, gray] + b, with a and b brought to the size of src first."""
+    a, b = (F.interpolate(t, src.shape[2:], mode="bilinear", align_corners=False) for t in (a, b))
+    return a * _with_gray(src) + b
+
+
+class DeepGuidedFilter(nn.Module):
+    """Guided filter whose A a network of 1x1 convs predicts from covariance, variance and the decoder's features.
 
     forward: src [N,3,H,W], small [N,3,h,w], y [N,4,h,w] (foreground residual, alpha), hidden [N,16,h,w] to [N,4,H,W].
     """
 
-    def box(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def slope(self, cov: Tensor, var: Tensor, hidden: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def forward(self, src: Tensor, small: Tensor, y: Tensor, hidden: Tensor) -> Tensor:
-        fine, x = (torch.cat((image, image.mean(1, keepdim=True)), 1) for image in (src, small))
-        mean_x, mean_y = self.box(x), self.box(y)
-        cov = self.box(x * y) - mean_x * mean_y
-        var = self.box(x * x) - mean_x * mean_x
-        a = self.slope(cov, var, hidden)
-        b = mean_y - a * mean_x
-        a, b = (F.interpolate(t, src.shape[2:], mode="bilinear", align_corners=False) for t in (a, b))
-        return a * fine + b
-
-
-class FastGuidedFilter(_GuidedFilter):
-    """The classical A = cov / (var + eps), without parameters."""
-
-    def box(self, x: Tensor) -> Tensor:
-        return F.avg_pool2d(x, 3, 1, 1)  # zeros outside count as pixels, as in the deep one's conv
-
-    def slope(self, cov: Tensor, var: Tensor, hidden: Tensor) -> Tensor:  # noqa: ARG002
-        return cov / (var + 1e-5)
-
-
-class DeepGuidedFilter(_GuidedFilter):
-    """A network of 1x1 convs predicts A from covariance, variance and the decoder's features."""
-
-    def __init__(self, hidden: int = 16) -> None:
+    def __init__(self, hidden: int) -> None:
         super().__init__()
         self.box_filter = nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False)
         nn.init.constant_(self.box_filter.weight, 1 / 9)
@@ -335,13 +315,45 @@ class DeepGuidedFilter(_GuidedFilter):
             nn.Conv2d(hidden, 4, 1),
         )
 
-    def box(self, x: Tensor) -> Tensor:
-        mean: Tensor = self.box_filter(x)
-        return mean
+    def forward(self, src: Tensor, small: Tensor, y: Tensor, hidden: Tensor) -> Tensor:
+        x = _with_gray(small)
+        mean_x, mean_y = self.box_filter(x), self.box_filter(y)
+        cov = self.box_filter(x * y) - mean_x * mean_y
+        var = self.box_filter(x * x) - mean_x * mean_x
+        a = self.conv(torch.cat((cov, var, hidden), 1))
+        return _line(src, a, mean_y - a * mean_x)
 
-    def slope(self, cov: Tensor, var: Tensor, hidden: Tensor) -> Tensor:
-        a: Tensor = self.conv(torch.cat((cov, var, hidden), 1))
-        return a
+
+class FastGuidedFilter(nn.Module):
+    """Guided filter with the classical A = cov / (var + 1e-5), without parameters; forward as in the deep one.
+
+    Means of squares less squares of means lose, in float32 and divided by so small a number, three digits of alpha.
+    So both are taken of the differences d to the pixel in the middle, which changes neither variance nor covariance:
+
+        mean(x) = x + mean(dx),    cov(x, y) = mean(dx * dy) - mean(dx) * mean(dy)
+    """
+
+    differences: Tensor
+    ninths: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        others = [k for k in range(9) if k != 4]  # of the 3x3 pixels; outside the image they are 0, and count
+        kernels = torch.eye(9)[others] - torch.eye(9)[4]
+        self.register_buffer("differences", kernels.view(8, 1, 3, 3).repeat(4, 1, 1, 1), persistent=False)
+        self.register_buffer("ninths", torch.full((4, 8, 1, 1), 1 / 9), persistent=False)
+
+    def _mean(self, d: Tensor) -> Tensor:
+        return F.conv2d(d, self.ninths, groups=4)
+
+    def forward(self, src: Tensor, small: Tensor, y: Tensor, hidden: Tensor) -> Tensor:  # noqa: ARG002
+        x = _with_gray(small)
+        dx, dy = (F.conv2d(t, self.differences, padding=1, groups=4) for t in (x, y))
+        mean_dx, mean_dy = self._mean(dx), self._mean(dy)
+        cov = self._mean(dx * dy) - mean_dx * mean_dy
+        var = self._mean(dx * dx) - mean_dx * mean_dx
+        a = cov / (var + 1e-5)
+        return _line(src, a, y + mean_dy - a * (x + mean_dx))
 
 
 class _ResizeByFactor(torch.autograd.Function):
@@ -407,7 +419,7 @@ class RVM(nn.Module):
         self.aspp = LRASPP(deepest, aspp)
         self.decoder = Decoder((*skips, aspp), widths)
         self.project_mat = _Projection(widths[-1])
-        self.refiner: _GuidedFilter | None = None
+        self.refiner: DeepGuidedFilter | FastGuidedFilter | None = None
         if refiner is not None:
             self.refiner = DeepGuidedFilter(widths[-1]) if refiner == "deep" else FastGuidedFilter()
         self.register_buffer("mean", torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1), persistent=False)
@@ -499,13 +511,15 @@ def _abridged(names: Sequence[str], most: int = 4) -> str:
 # --------------------------------------------------------------------------------------------------------- export
 
 
-class _FixedRatio(nn.Module):
-    def __init__(self, model: RVM, ratio: float) -> None:
+class _Traced(nn.Module):
+    """The model as the exporter sees it: with a ratio fixed, or with one as the last input."""
+
+    def __init__(self, model: RVM, *ratio: float) -> None:
         super().__init__()
         self.model, self.ratio = model, ratio
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = self.model(*inputs, self.ratio)
+        outputs: tuple[Tensor, ...] = self.model(*inputs, *self.ratio)
         return outputs
 
 
@@ -541,7 +555,7 @@ def export(
         what = "a dynamic model" if dynamic else f"downsample ratio {downsample_ratio}"
         raise ValueError(f"{what} {'needs a refiner' if reduced else 'leaves a refiner nothing to do'}")
 
-    module: nn.Module = model
+    module = _Traced(model, *([] if dynamic else [downsample_ratio])).eval()
     names = [*INPUT_NAMES]
     axes = None
     if dynamic:
@@ -555,12 +569,14 @@ def export(
     else:
         if min(size) * downsample_ratio < 16:
             raise ValueError(f"{size[1]}x{size[0]} at downsample ratio {downsample_ratio} is below 16 pixels")
-        module = _FixedRatio(model, downsample_ratio).eval()
         src = torch.rand(1, 3, *size)
         with torch.no_grad():
             states = module(src, *(torch.zeros(1, 1, 1, 1) for _ in range(4)))[2:]
         inputs = (src, *(torch.zeros_like(state) for state in states))
 
+    # Two habits of the exporter: it puts the module back into the mode found, and in eval mode it merges equal
+    # constants and reads them through Identity nodes. This mode is the wrapper's own and changes no BatchNorm.
+    module.training = keep_bn
     with _written_whole(path) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer, about the shapes it is meant to fix; of the exporter's age
         torch.onnx.export(
