@@ -1,0 +1,29 @@
+"""The passes of the compiler, and the pipeline: read it top to bottom."""
+
+from passes.bind_shapes import BindShapes
+from passes.calibrate_ranges import CalibrateRanges
+from passes.check_input import CheckInput
+from passes.find_closures import FindClosures
+from passes.fold_batchnorm import FoldBatchnorm
+from passes.fold_shapes import FoldShapes
+from passes.insert_qdq import InsertQdq
+from passes.lower import Lower
+from passes.quantize_biases import QuantizeBiases
+from passes.raise_opset import RaiseOpset
+from passes.verify import Verify
+from vmq.pipeline import Pass
+
+PIPELINE: tuple[Pass, ...] = (
+    CheckInput(),
+    RaiseOpset(),
+    BindShapes(),
+    FoldShapes(),
+    FoldBatchnorm(),
+    FindClosures(),
+    InsertQdq(),
+    CalibrateRanges(),
+    QuantizeBiases(),
+    Lower(),
+    Verify(),
+)
+"""What `vmq compile` runs, in this order."""

@@ -1,1 +1,3 @@
 """vmq: post-training quantization of video-matting networks, from ONNX to ONNX."""
+
+__version__ = "0.1.0"

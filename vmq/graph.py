@@ -108,6 +108,10 @@ class Graph:
         """An independent copy."""
         return Graph.load(self.to_proto())
 
+    def become(self, other: Graph) -> None:
+        """Take over the content of `other`, which must not be used afterwards."""
+        self._graph, self.metadata, self._names = other._graph, other.metadata, None
+
     def check(self) -> None:
         """Run onnx.checker with strict shape inference.
 

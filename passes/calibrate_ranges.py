@@ -1,0 +1,147 @@
+"""Give every quantizer its scale and zero point.
+
+The float reference runs over all calibration clips frame after frame with its own recurrent state, so that warm
+states are seen as often as they occur. Of every tensor the extremes and a fixed number of samples are kept,
+whatever the number of frames; the range is the one with the smallest mean of |error|^p (vmq/quant.py). Weights
+get one scale per output channel by the same search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vmq.errors import PassError
+from vmq.graph import Constant, Graph
+from vmq.pipeline import Context, Pass, PassResult
+from vmq.quant import search_range, search_weight_scale
+from vmq.runtime import Session
+from vmq.spec import QuantSpec
+
+LARGEST_BIAS = 2.0**30
+"""Weight scales are widened until the bias, in steps of activation scale x weight scale, stays below this."""
+
+
+class CalibrateRanges(Pass):
+    """Find scales and zero points: the reference runs recurrently over the clips, each range is searched."""
+
+    name: ClassVar[str] = "calibrate_ranges"
+
+    def requires(self, graph: Graph, context: Context) -> None:
+        if not context.clips or not any(len(c) for c in context.clips):
+            raise PassError("there are no calibration frames; give --calib, or leave it out for the built-in clips")
+        if context.reference is None:
+            raise PassError("there is no float reference; run insert_qdq before")
+
+    def run(self, graph: Graph, context: Context) -> PassResult:
+        assert context.reference is not None
+        recipe = context.options.recipe
+        groups: dict[int, list[Any]] = {}
+        for node in graph.nodes:
+            if node.op == "QuantizeLinear":
+                groups.setdefault(id(node.inputs[1]), []).append(node)
+        leaders = [nodes[0] for nodes in groups.values()]
+        sources = {id(n): _source(n) for n in leaders}
+        renamed: dict[str, str] = context.found["insert_qdq"]
+        called = {k: renamed.get(s.name, s.name) for k, s in sources.items() if not isinstance(s, Constant)}
+        names = sorted(set(called.values()))
+        observed = _observe(context.reference, names, context, recipe.samples)
+
+        for index, node in enumerate(leaders):
+            source, spec = sources[id(node)], QuantSpec.of(node.inputs[2].dtype, node.attrs.get("axis"))
+            if spec.signed:
+                scale = search_weight_scale(np.asarray(source.values), spec, norm=recipe.range_norm,
+                                            steps=recipe.range_steps)
+                zero = np.zeros(scale.shape, np.int32)
+            else:
+                seen = _Seen.of_constant(source) if isinstance(source, Constant) else observed[called[id(node)]]
+                scale, zero = search_range(seen.samples, seen.low, seen.high, spec, norm=recipe.range_norm,
+                                           steps=recipe.range_steps)
+            node.inputs[1].values = np.asarray(scale, np.float32)
+            node.inputs[2].values = np.asarray(zero).astype(spec.dtype)
+            context.progress("searching ranges", (index + 1) / len(leaders))
+        widened = _fit_biases(graph)
+        frames = sum(len(c) for c in context.clips)
+        return PassResult(modified=len(leaders), report={
+            "frames": frames, "clips": [c.name for c in context.clips], "quantizers": len(leaders),
+            "weight_channels_widened_for_bias": widened})
+
+
+class _Seen:
+    """Extremes and a bounded number of samples of one tensor."""
+
+    def __init__(self, per_frame: int) -> None:
+        self.low, self.high, self._per_frame, self._kept = np.inf, -np.inf, per_frame, list[NDArray[np.float32]]()
+
+    def add(self, values: NDArray[Any], rng: np.random.Generator) -> None:
+        flat = values.ravel()
+        self.low, self.high = min(self.low, float(flat.min())), max(self.high, float(flat.max()))
+        self._kept.append(flat if flat.size <= self._per_frame else flat[rng.integers(0, flat.size, self._per_frame)])
+
+    @property
+    def samples(self) -> NDArray[np.float32]:
+        return np.concatenate(self._kept)
+
+    @classmethod
+    def of_constant(cls, constant: Any) -> _Seen:
+        seen = cls(1 << 62)
+        seen.add(np.asarray(constant.values, np.float32), np.random.default_rng(0))
+        return seen
+
+
+def _observe(reference: Graph, names: list[str], context: Context, samples: int) -> dict[str, _Seen]:
+    """Run the reference over all clips and watch the tensors called `names`."""
+    total = sum(len(c) for c in context.clips)
+    session = Session(reference, pairs=context.options.pairs, extra=names)
+    inputs = {v.name for v in reference.inputs}
+    seen = {name: _Seen(max(64, samples // total)) for name in names}
+    rng = np.random.default_rng(context.options.seed)
+    done = 0
+    for clip in context.clips:
+        session.reset()
+        for frame in clip.frames():
+            fed = dict(session.state)
+            outputs = session.step(frame)
+            fed[session.frame_input] = (frame.astype(np.float32) / np.float32(255.0))[None]
+            for name in names:
+                values = fed[name] if name in inputs else outputs[name]
+                if not np.isfinite(values).all():
+                    raise PassError(f"{name} becomes NaN or infinite in frame {done} of the calibration, in float "
+                                    "already; check the model and the clip")
+                seen[name].add(values, rng)
+            done += 1
+            context.progress("running the calibration clips", done / total)
+    return seen
+
+
+def _source(node: Any) -> Any:
+    """The float value that a quantizer stands for: through Q/DQ pairs before it, to the reference's own value."""
+    value = node.inputs[0]
+    while value.inputs and value.inputs[0].op == "DequantizeLinear":
+        value = value.inputs[0].inputs[0].inputs[0].inputs[0]
+    return value
+
+
+def _fit_biases(graph: Graph) -> int:
+    """Widen the scale of weight channels whose bias would not fit into int32; returns how many channels."""
+    widened = 0
+    for layer, activation, weight in quantized_layers(graph):
+        bias = np.abs(np.asarray(layer.inputs[2].values, np.float64))
+        scale = np.asarray(weight.inputs[1].values)
+        least = bias / (LARGEST_BIAS * float(np.asarray(activation.inputs[1].values)))
+        if (scale < least).any():
+            widened += int((scale < least).sum())
+            weight.inputs[1].values = np.maximum(scale, least).astype(np.float32)
+    return widened
+
+
+def quantized_layers(graph: Graph) -> Iterable[tuple[Any, Any, Any]]:
+    """Layers with a constant float bias and both operands dequantized: (layer, activation's DQ, weight's DQ)."""
+    for node in graph.nodes:
+        if node.op in ("Conv", "Gemm") and len(node.inputs) > 2 and isinstance(node.inputs[2], Constant):
+            pairs = [v.inputs[0] for v in node.inputs[:2] if v.inputs and v.inputs[0].op == "DequantizeLinear"]
+            if len(pairs) == 2:
+                yield node, pairs[0], pairs[1]

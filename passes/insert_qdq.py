@@ -1,0 +1,240 @@
+"""Put Q/DQ pairs on the edges that the target's rules name. Ranges come later: every scale is 1 here.
+
+For each value that is computed, what its readers want decides:
+
+    multiply-add (Conv, MatMul, Gemm)   its operand at the layer's activation bits
+    carrier (Add, Mul, Concat, ...)     8 bits: no narrower integer kernel exists
+    mover (Split, Reshape, ...)         what its own readers want, under the same scale: nothing is rounded twice
+    anything else                       float
+
+A value wanted at 8 and at 4 bits is quantized to 8 first and from there to 4, so that the integer kernel that
+makes it has one quantizer to fuse with. A layer followed by Relu is quantized after the Relu. What comes after
+the last layer stays float (the network's output is not quantized), and so do products and averages whose
+difference is taken: a variance as E[xy] - E[x]E[y] does not survive the rounding of its terms.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+
+from vmq.errors import OptionError
+from vmq.graph import Constant, Graph
+from vmq.layers import compute_nodes, kinds_of, tail_nodes, weight_axis, weight_of
+from vmq.pipeline import Context, Pass, PassResult
+from vmq.spec import CARRIER_BITS, KEEPABLE, Bits, Options, QuantSpec
+
+KEPT_BY_DEFAULT = {"first": 8, "last": 8}
+"""As BRECQ and QDrop do: the first and the last layer stay at 8 bits."""
+
+SPECTRAL = frozenset({"Mul", "Add", "Sub", "Div", "AveragePool", "GlobalAveragePool", "ReduceMean"})
+"""Operators through which a difference of two activations keeps its operands in float."""
+
+
+class InsertQdq(Pass):
+    """Put Q/DQ pairs where the target has integer kernels; the float graph is kept as the reference."""
+
+    name: ClassVar[str] = "insert_qdq"
+
+    def run(self, graph: Graph, context: Context) -> PassResult:
+        context.reference = graph.copy()
+        closures = context.found["find_closures"]
+        work = _Placement(graph, context.options, {s.pair.output for s in closures.states},
+                          {n for s in closures.states for n in s.nodes})
+        work.run()
+        context.found[self.name] = work.renamed
+        return PassResult(modified=work.inserted, notes=tuple(work.notes), report={
+            "weights": work.weights, "activations": work.activations, "layers": len(work.bits),
+            "wider": work.wider()})
+
+
+class _Placement:
+    def __init__(self, graph: Graph, options: Options, state_outputs: set[str], recurrent: set[str]) -> None:
+        self.graph, self.options, self.target = graph, options, options.target
+        self.kinds = kinds_of(graph, self.target, state_outputs, recurrent)
+        self.float_nodes = tail_nodes(graph, self.target, state_outputs) | _differences(graph)
+        self.bits = {name: self._bits_of(name, kinds) for name, kinds in self.kinds.items()
+                     if name not in self.float_nodes}
+        for what in options.keep:
+            if what not in KEEPABLE and what not in self.kinds:
+                raise OptionError(f"--keep {what}: no such layer; give one of {', '.join(KEEPABLE)}, or the name of a "
+                                  f"{', '.join(sorted(self.target.compute))} node")
+        self.constants: dict[tuple[int, int], Any] = {}
+        self.renamed: dict[str, str] = {}      # model outputs whose name went to the value behind their quantizer
+        self.notes: list[str] = []
+        self.inserted = self.weights = self.activations = 0
+        for node in graph.nodes:
+            if node.op in self.target.compute and node.name not in self.kinds:
+                self.notes.append(f"{node.name}: its weight is computed, not constant; stays float")
+        for name in sorted(self.float_nodes & set(self.kinds)):
+            self.notes.append(f"{name}: averages whose difference is taken; stays float")
+
+    def run(self) -> None:
+        for value in list(self.graph.values()):
+            if not isinstance(value, Constant) and (value.inputs or any(v is value for v in self.graph.inputs)):
+                self._activation(value)
+        for node in compute_nodes(self.graph, self.target):
+            if node.name in self.bits:
+                self._weight(node)
+        for node in list(self.graph.nodes):
+            if node.op in self.target.carriers and node.name not in self.float_nodes:
+                for index, value in enumerate(node.inputs):
+                    if isinstance(value, Constant) and self._is_float(value):
+                        node.inputs[index] = self._pair(value, CARRIER_BITS)
+        self.graph.sort()
+
+    def wider(self) -> dict[str, str]:
+        """What does not have the nominal widths: layers by name, and all tensors between carriers."""
+        nominal = self.options.bits
+        wide = {name: str(bits) for name, bits in self.bits.items() if bits != nominal}
+        if nominal.activations < CARRIER_BITS:
+            wide["tensors between elementwise operators"] = "uint8"
+        return wide | dict.fromkeys(sorted(self.float_nodes & set(self.kinds)), "float32")
+
+    def _bits_of(self, name: str, kinds: set[str]) -> Bits:
+        keep = {**KEPT_BY_DEFAULT, **self.options.keep}
+        named = [keep[k] for k in (*sorted(kinds), name) if k in keep]
+        if not named:
+            return self.options.bits
+        if name in self.options.keep:
+            return Bits(self.options.keep[name], self.options.keep[name])
+        wide = max(named)
+        return Bits(wide, max(wide, self.options.bits.activations))
+
+    def _wants(self, value: Any) -> set[int]:
+        """Widths that the readers of a value want of it."""
+        wants: set[int] = set()
+        for reader in value.outputs:
+            if reader.name in self.bits:
+                operands = self.target.compute[reader.op].activations
+                if any(reader.inputs[i] is value for i in operands):
+                    wants.add(self.bits[reader.name].activations)
+            elif reader.name not in self.float_nodes:
+                if reader.op in self.target.carriers:
+                    wants.add(CARRIER_BITS)
+                elif reader.op in self.target.movers and reader.inputs[0] is value:
+                    wants |= {w for out in reader.outputs for w in self._wants(out)}
+        return wants
+
+    def _integer_source(self, value: Any) -> bool:
+        """True when an integer kernel produces this value, perhaps with an absorbed activation behind it."""
+        if not value.inputs:
+            return False
+        node = value.inputs[0]
+        if node.op in self.target.absorbed:
+            before = node.inputs[0].inputs
+            return bool(before) and before[0].name in self.bits and len(node.inputs[0].outputs) == 1
+        return node.name in self.bits or (node.op in self.target.carriers and node.name not in self.float_nodes)
+
+    def _activation(self, value: Any) -> None:
+        if not self._is_float(value):
+            return
+        readers = list(value.outputs)
+        if len(readers) == 1 and readers[0].op in self.target.absorbed and value.inputs \
+                and value.inputs[0].name in self.bits:
+            return                                          # quantized behind the Relu
+        wants = self._wants(value)
+        made_in_integers = self._integer_source(value)
+        only_output = bool(readers or any(o is value for o in self.graph.outputs)) \
+            and all(r.name in self.float_nodes for r in readers) and not wants
+        if not wants and (not made_in_integers or only_output):
+            return
+        narrow = {r.name for r in readers if r.name in self.bits and self.bits[r.name].activations < CARRIER_BITS
+                  and self.bits[r.name].activations in wants}
+        others = [r for r in readers if r.name not in narrow]
+        is_output = any(o is value for o in self.graph.outputs)
+        tied = self._tied_to(value)
+        wide = CARRIER_BITS in wants or (made_in_integers and (others or is_output)) or not wants
+        current = value
+        narrow_movers = [r for r in others if r.op in self.target.movers and wants and CARRIER_BITS not in wants]
+        if narrow_movers and not narrow and len(narrow_movers) == len(others) and not is_output:
+            self._replace(value, self._pair(value, min(wants), tied), readers)   # a mover in front of narrow layers
+            return
+        if wide:
+            current = self._pair(value, CARRIER_BITS, tied)
+            self._replace(value, current, readers)
+        if narrow:
+            users = [r for r in readers if r.name in narrow]
+            self._replace(current, self._pair(current, min(wants), tied), users)
+
+    def _tied_to(self, value: Any) -> Any:
+        """The quantizer in front of the mover that made this value: the result takes over its scale."""
+        if value.inputs and value.inputs[0].op in self.target.movers and value.inputs[0].name not in self.float_nodes:
+            source = value.inputs[0].inputs[0]
+            if source.inputs and source.inputs[0].op == "DequantizeLinear":
+                return source.inputs[0]
+        return None
+
+    def _pair(self, value: Any, bits: int, tied: Any = None) -> Any:
+        """Q and DQ behind a value; returns what DQ gives. Tied to a DQ of the same width, it shares its constants."""
+        spec = QuantSpec(bits, signed=False)
+        if tied is not None and tied.inputs[2].dtype == spec.dtype:
+            scale, zero = tied.inputs[1:3]
+        else:
+            scale = self.graph.constant(f"{value.name}_scale", np.ones((), np.float32))
+            zero = self.graph.constant(f"{value.name}_zero", np.zeros((), spec.dtype))
+        self.activations += 1
+        return self._q_dq(value, scale, zero, spec, {})
+
+    def _weight(self, node: Any) -> None:
+        weight = weight_of(node, self.target)
+        if not isinstance(weight, Constant):
+            return
+        bits, axis = self.bits[node.name].weights, weight_axis(node)
+        key = (id(weight), bits)
+        if key not in self.constants:
+            spec = QuantSpec(bits, signed=True, axis=axis)
+            channels = weight.shape[axis]
+            scale = self.graph.constant(f"{weight.name}_scale", np.ones(channels, np.float32))
+            zero = self.graph.constant(f"{weight.name}_zero", np.zeros(channels, spec.dtype))
+            self.constants[key] = self._q_dq(weight, scale, zero, spec, {"axis": axis})
+            self.weights += 1
+        node.inputs[self.target.compute[node.op].weight] = self.constants[key]
+
+    def _q_dq(self, value: Any, scale: Any, zero: Any, spec: QuantSpec, attrs: dict[str, Any]) -> Any:
+        integers = self.graph.add("QuantizeLinear", [value, scale, zero], f"{value.name}_q", attrs, value.shape,
+                                  spec.dtype)
+        self.inserted += 1
+        return self.graph.add("DequantizeLinear", [integers, scale, zero], f"{value.name}_dq", attrs, value.shape)
+
+    def _replace(self, old: Any, new: Any, users: list[Any]) -> None:
+        """Let `users` read `new`; a model output moves along when everything that read it does."""
+        if any(o is old for o in self.graph.outputs) and {id(u) for u in users} >= {
+                id(u) for u in old.outputs if u.op != "QuantizeLinear"}:
+            quantizer, name = [u for u in old.outputs if u.op == "QuantizeLinear"], old.name
+            self.graph.replace_uses(old, new)
+            self.renamed[old.name] = name
+            for node in quantizer:
+                node.inputs[0] = old
+            return
+        self.graph.replace_uses(old, new, users)
+
+    def _is_float(self, value: Any) -> bool:
+        return value.dtype is not None and np.dtype(value.dtype) == np.float32
+
+
+def _differences(graph: Graph) -> set[str]:
+    """Nodes that compute both sides of a difference of two activations, back to where each side was learned."""
+    found: set[str] = set()
+    for node in graph.nodes:
+        if node.op != "Sub" or any(isinstance(v, Constant) or not v.inputs for v in node.inputs):
+            continue
+        sides = [v.inputs[0] for v in node.inputs]
+        if not all(s.op in SPECTRAL or _averages(s) for s in sides):
+            continue
+        stack = [node]
+        while stack:
+            current = stack.pop()
+            if current.name not in found and (current.op in SPECTRAL or _averages(current)):
+                found.add(current.name)
+                stack += [p for v in current.inputs for p in v.inputs]
+    return found
+
+
+def _averages(node: Any) -> bool:
+    """True for a convolution that only averages: all its weights are one number."""
+    return node.op == "Conv" and isinstance(node.inputs[1], Constant) \
+        and np.ptp(np.asarray(node.inputs[1].values)) == 0.0
+
+

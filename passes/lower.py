@@ -1,0 +1,112 @@
+"""Write integers the way the runtime is fast with them. No value changes: the same bits come out.
+
+Weights leave their float form (W -> Q -> DQ) for a container:
+
+    int4cast   INT4 constant -> Cast to INT8 -> DQ    an eighth of the size; the Cast is folded at load
+    int8       INT8 constant -> DQ                    for runtimes that cannot cast INT4
+    int4       INT4 constant -> DQ                    the textbook form; ONNX Runtime's CPU kernels run it in float
+
+A 4-bit activation becomes a uint8 tensor on the 4-bit grid: Q to uint8, Clip(0, 15), DQ. The kernels that take
+uint8 stay fused, and the values are exactly the 4-bit ones.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, ClassVar
+
+import ml_dtypes
+import numpy as np
+
+from vmq import __version__
+from vmq.graph import Constant, Graph
+from vmq.pipeline import Context, Pass, PassResult
+from vmq.quant import quantize
+from vmq.runtime import STATES_KEY
+from vmq.spec import QuantSpec
+
+INT8 = 3
+"""TensorProto.INT8, as Cast's attribute `to` says it."""
+MINIMUM_RUNTIME = {"int4cast": "1.24", "int8": "1.20", "int4": "1.20"}
+"""Oldest ONNX Runtime that loads each container."""
+
+
+class Lower(Pass):
+    """Store weights as integers, 4-bit activations as uint8 with Clip(0, 15); write the metadata."""
+
+    name: ClassVar[str] = "lower"
+
+    def run(self, graph: Graph, context: Context) -> PassResult:
+        context.found["lower"] = graph.copy()       # what the emitted model is verified against
+        container, weights, activations = context.options.container, 0, 0
+        for node in list(graph.nodes):
+            if node.op != "QuantizeLinear":
+                continue
+            spec = QuantSpec.of(node.inputs[2].dtype, node.attrs.get("axis"))
+            if isinstance(node.inputs[0], Constant):
+                _store(graph, node, spec, container)
+                weights += 1
+            elif spec.bits == 4:
+                _saturate(graph, node, spec)
+                activations += 1
+        graph.cleanup()
+        graph.sort()
+        narrow = any(c.dtype == np.dtype(ml_dtypes.int4) for c in graph.constants())
+        graph.metadata.update(_metadata(context, container if narrow else "int8"))
+        return PassResult(modified=weights + activations, report={
+            "weights": weights, "saturated_activations": activations, "container": container if narrow else "int8"})
+
+
+def _store(graph: Graph, node: Any, spec: QuantSpec, container: str) -> None:
+    """Replace a constant's Q by the integers it gives."""
+    constant, scale, zero = node.inputs
+    integers = quantize(np.asarray(constant.values), np.asarray(scale.values),
+                        np.asarray(zero.values).astype(np.int32), spec)
+    result, readers = node.outputs[0], list(node.outputs[0].outputs)
+    if spec.bits == 8 or container == "int4":
+        stored = graph.constant(result.name, integers.astype(spec.dtype))
+    else:
+        wide = np.int8 if spec.signed else np.uint8
+        stored = graph.constant(result.name, integers.astype(spec.dtype if container == "int4cast" else wide))
+        zeros = graph.constant(f"{zero.name}_wide", np.asarray(zero.values).astype(wide))
+        for reader in readers:
+            reader.inputs[2] = zeros
+        if container == "int4cast":
+            stored = graph.add("Cast", [stored], f"{result.name}_cast", {"to": INT8 if spec.signed else 2},
+                               constant.shape, wide)
+    for reader in readers:
+        reader.inputs[0] = stored
+    graph.remove(node)
+
+
+def _saturate(graph: Graph, node: Any, spec: QuantSpec) -> None:
+    """Move a 4-bit activation quantizer onto uint8, clipped to the 4-bit grid."""
+    result, readers = node.outputs[0], list(node.outputs[0].outputs)
+    wide = _wide_zero(graph, node.inputs[2])
+    node.inputs[2] = wide
+    result.dtype = np.dtype(np.uint8)
+    clipped = graph.add("Clip", [result, graph.constant(f"{result.name}_min", np.asarray(spec.qmin, np.uint8)),
+                                 graph.constant(f"{result.name}_max", np.asarray(spec.qmax, np.uint8))],
+                        f"{result.name}_clip", {}, result.shape, np.uint8)
+    for reader in readers:
+        reader.inputs[0] = clipped
+        reader.inputs[2] = wide
+
+
+def _wide_zero(graph: Graph, zero: Any) -> Any:
+    if np.dtype(zero.dtype) == np.uint8:
+        return zero
+    return graph.constant(f"{zero.name}_wide", np.asarray(zero.values).astype(np.uint8))
+
+
+def _metadata(context: Context, container: str) -> dict[str, str]:
+    options = context.options
+    closures = context.found["find_closures"]
+    said = {key: value for key, value in options.describe().items() if value not in (None, {})}
+    return {
+        STATES_KEY: json.dumps({s.pair.input: s.pair.output for s in closures.states}),
+        "vmq.version": __version__,
+        "vmq.options": json.dumps(said | {"container": container}, sort_keys=True),
+        "vmq.calibration": json.dumps([{"clip": c.name, "frames": len(c)} for c in context.clips]),
+        "vmq.minimum_onnxruntime": MINIMUM_RUNTIME[container],
+    }

@@ -1,0 +1,112 @@
+"""Run the emitted model in ONNX Runtime and say, with numbers, how far it is from what it should be.
+
+- against the graph that went into `lower`, optimizations off: the same bits, or the compile fails;
+- optimized against not: integer kernels round where float ones do not, so single steps may differ; the share is
+  stated;
+- closed loop (own states) against the float reference, beside open loop (the reference's states fed at every
+  frame): a recurrent network can be right in every frame and still drift. Error that grows over a clip is said
+  loudly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vmq.clips import Clip
+from vmq.errors import PassError
+from vmq.graph import Graph
+from vmq.pipeline import Context, Pass, PassResult
+from vmq.runtime import Session
+
+EXACT_FRAMES = 3
+"""Frames over which emitted and last float-typed graph must agree bit for bit."""
+LOOP_CLIPS = 4
+"""Clips that are run in closed and open loop."""
+COLLAPSE = 3.0
+"""Closed-loop error at the end of clips, in multiples of open-loop error, that is called a collapse."""
+
+
+class Verify(Pass):
+    """Run the emitted model: same bits as before lowering, share of rounding steps optimized, closed-loop error."""
+
+    name: ClassVar[str] = "verify"
+    changes: ClassVar[bool] = False
+
+    def requires(self, graph: Graph, context: Context) -> None:
+        if "lower" not in context.found or context.reference is None:
+            raise PassError("there is nothing to compare with; run insert_qdq and lower before")
+
+    def run(self, graph: Graph, context: Context) -> PassResult:
+        assert context.reference is not None
+        _same_bits(graph, context.found["lower"], context)
+        steps = _differing(graph, context)
+        loops = _loops(graph, context.reference, context)
+        notes = list[str]()
+        if loops["closed_last"] > COLLAPSE * loops["open"] and loops["closed_last"] > 1.5 * loops["closed_first"]:
+            notes.append(f"recurrent collapse: MAD to float grows from {loops['closed_first']:.1f} to "
+                         f"{loops['closed_last']:.1f} within a clip, while frame by frame on float states it is "
+                         f"{loops['open']:.1f}; use more bits or --keep recurrent=8")
+        return PassResult(notes=tuple(notes), report={"differing_from_lowered": 0, "optimized_alpha_differs": steps,
+                                                      "MAD_to_float": loops})
+
+
+def _same_bits(graph: Graph, lowered_from: Graph, context: Context) -> None:
+    emitted = Session(graph, optimize=False)
+    before = Session(lowered_from, optimize=False, pairs=context.options.pairs)
+    for index, frame in enumerate(context.clips[0].frames(0, EXACT_FRAMES)):
+        ours, theirs = emitted.step(frame), before.step(frame)
+        for name, values in theirs.items():
+            if not np.array_equal(ours[name], values):
+                differing = float(np.mean(ours[name] != values))
+                raise PassError(f"output {name} of the emitted model differs from the graph before lowering in "
+                                f"{differing:.2%} of its values at frame {index}; this is a bug in vmq, please report "
+                                "it with the dump (--dump DIR)")
+
+
+def _differing(graph: Graph, context: Context) -> float:
+    """Share of 8-bit alpha values that the optimized run gives differently, states fed from the plain run."""
+    plain, optimized = Session(graph, optimize=False), Session(graph)
+    differing = total = 0
+    for frame in context.clips[0].frames(0, EXACT_FRAMES):
+        optimized.state = dict(plain.state)
+        ours, theirs = (np.rint(s.alpha_of(s.step(frame)) * 255.0) for s in (optimized, plain))
+        differing += int((ours != theirs).sum())
+        total += ours.size
+    return differing / total
+
+
+def _loops(graph: Graph, reference: Graph, context: Context) -> dict[str, float]:
+    """Mean |alpha - float alpha| x 1e3 in closed loop (all, first and last quarter of clips) and in open loop."""
+    closed, loose = Session(graph), Session(graph)
+    exact = Session(reference, pairs=context.options.pairs)
+    clips = list(context.clips)[:: max(1, len(context.clips) // LOOP_CLIPS)][:LOOP_CLIPS]
+    errors: list[NDArray[np.float64]] = []
+    opens: list[float] = []
+    for number, clip in enumerate(clips):
+        row = []
+        for index, (frame, want) in enumerate(_with_reference(clip, exact, closed, loose)):
+            row.append(float(np.abs(closed.alpha_of(closed.step(frame)) - want).mean()) * 1e3)
+            opens.append(float(np.abs(loose.alpha_of(loose.step(frame)) - want).mean()) * 1e3)
+            context.progress("verifying in closed loop", (number + (index + 1) / len(clip)) / len(clips))
+        errors.append(np.asarray(row))
+    quarter = [max(1, len(e) // 4) for e in errors]
+    return {
+        "closed": float(np.mean([e.mean() for e in errors])),
+        "closed_first": float(np.mean([e[:q].mean() for e, q in zip(errors, quarter, strict=True)])),
+        "closed_last": float(np.mean([e[-q:].mean() for e, q in zip(errors, quarter, strict=True)])),
+        "open": float(np.mean(opens)),
+        "frames": float(sum(map(len, errors))),
+    }
+
+
+def _with_reference(clip: Clip, exact: Session, closed: Session, loose: Session) -> Iterator[tuple[Any, Any]]:
+    """Frames with the reference's alpha; `loose` is given the reference's state before each."""
+    exact.reset()
+    closed.reset()
+    for frame in clip.frames():
+        loose.state = dict(exact.state)
+        yield frame, exact.alpha_of(exact.step(frame))
