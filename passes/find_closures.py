@@ -80,8 +80,8 @@ class Closures:
 
     @property
     def recurrent(self) -> tuple[tuple[str, ...], ...]:
-        """The recurrent closures, each once."""
-        return tuple(dict.fromkeys(s.nodes for s in self.states))
+        """The recurrent closures, each once. (States paired by hand may have no path, and so no closure.)"""
+        return tuple(dict.fromkeys(s.nodes for s in self.states if s.nodes))
 
 
 class FindClosures(Pass):
@@ -264,7 +264,7 @@ def _keep_forks(graph: Graph, flow: DataFlow, order: _Order, groups: list[int], 
             inside.update(new)
             stack += new
         if len(units) <= LOCAL:
-            spare = sum((g & flow.weighted()).bit_count() for g in units if g > 0)
+            spare = sum((g & flow.weighted).bit_count() for g in units if g > 0)
             order.keep(inside, limit=LOCAL + spare)
 
 
@@ -345,7 +345,7 @@ def _is_pointwise(node: Any) -> bool:
 
 def _intervals(graph: Graph, every: DataFlow, order: _Order, groups: list[int]) -> list[int]:
     """The blocks: one for each run with a weighted operator or a closure, the other runs shared out."""
-    heavy = every.weighted() | _union(groups)
+    heavy = every.weighted | _union(groups)
     moving = every.descendants(_union(every.consumers(v) for v in graph.inputs))
     blocks: list[int] = []
     waiting = 0                                     # runs that go with what comes next
@@ -377,7 +377,7 @@ def _joined_blocks(flow: DataFlow, blocks: list[int], groups: list[int]) -> list
 
     def plain(block: int) -> Any:
         """The block's only weighted operator, if that is an ordinary one."""
-        weighted = [flow.nodes[k] for k in flow.members(block & flow.weighted())]
+        weighted = [flow.nodes[k] for k in flow.members(block & flow.weighted)]
         alone = len(weighted) == 1 and not block & recurrent and not _is_depthwise(weighted[0])
         return weighted[0] if alone else None
 
@@ -403,7 +403,7 @@ def _joined_blocks(flow: DataFlow, blocks: list[int], groups: list[int]) -> list
 
 def _feeds_alone(flow: DataFlow, first: int, second: int) -> bool:
     """Whether what the weighted operators of `first` lead to is read in `second`, and nowhere else."""
-    after = flow.descendants(first & flow.weighted()) & first
+    after = flow.descendants(first & flow.weighted) & first
     readers = flow.mask(u for k in flow.members(after) for u in flow.users[k])
     return bool(readers & second) and not readers & ~(first | second)
 

@@ -90,6 +90,7 @@ class DataFlow:
         index: a node's place, by id(node).
         operands: which values a node reads.
         feeds, users: per node, the places of its direct predecessors and successors, ascending.
+        weighted: the set of the nodes that multiply and accumulate.
     """
 
     def __init__(self, graph: Graph, operands: Callable[[Any], list[Any]] = data_operands) -> None:
@@ -102,6 +103,7 @@ class DataFlow:
             self.feeds.append(sorted({self.index[id(p)] for v in operands(node) for p in v.inputs}))
             for p in self.feeds[k]:
                 self.users[p].append(k)
+        self.weighted = self.mask(k for k, n in enumerate(self.nodes) if n.op in WEIGHTED)
 
     def producers(self, value: Any) -> int:
         """The node that computes `value`; empty for an input."""
@@ -147,10 +149,6 @@ class DataFlow:
         if not reached:
             raise ValueError(f"no data path from {source.name!r} to {target.name!r}")
         return steps
-
-    def weighted(self) -> int:
-        """The nodes that multiply and accumulate."""
-        return self.mask(k for k, n in enumerate(self.nodes) if n.op in WEIGHTED)
 
     @staticmethod
     def mask(places: Iterable[int]) -> int:
@@ -241,7 +239,6 @@ def _candidates(graph: Graph) -> list[_Candidate]:
     below = [flow.descendants(flow.consumers(v)) for v in graph.inputs]
     above = [flow.ancestors(flow.producers(v)) for v in graph.outputs]
     ends = [flow.producers(v) for v in graph.outputs]
-    weighted = flow.weighted()
     handed_out = {id(_origin(v)) for v in graph.outputs}
     found = []
     for i, source in enumerate(graph.inputs):
@@ -252,7 +249,7 @@ def _candidates(graph: Graph) -> list[_Candidate]:
             if not below[i] & ends[o] or not _fits(source, target):
                 continue
             drivers = frozenset(j for j in range(len(below)) if j != i and below[j] & ends[o]
-                                and (not image or below[j] & above[o] & weighted & ~below[i]))
+                                and (not image or below[j] & above[o] & flow.weighted & ~below[i]))
             if drivers:
                 size = (below[i] & above[o]).bit_count()
                 found.append(_Candidate(i, o, (size, image, flow.distance(source, target)), drivers))
@@ -279,18 +276,17 @@ def _origin(value: Any) -> Any:
 def _best(graph: Graph, candidates: list[_Candidate]) -> _Candidate:
     """The candidate to take next."""
     least = min(c.key for c in candidates)
-    first = next(c for c in candidates if c.key == least)
-    tied = [c for c in candidates if c.key == least and c.excludes(first)]
-    if not tied:
-        return first
-    left = {c: _most_pairs([r for r in candidates if r is not c and not r.excludes(c)]) for c in (first, *tied)}
-    top = [c for c in left if left[c] == max(left.values())]
-    if len(top) > 1:
-        one, other = ((graph.inputs[c.input].name, graph.outputs[c.output].name) for c in top[:2])
-        raise ModelError(f"the recurrent state cannot be told from the graph: {one[0]!r} -> {one[1]!r} and "
-                         f"{other[0]!r} -> {other[1]!r} fit equally well; pass --pair {one[0]}={one[1]} or "
-                         f"--pair {other[0]}={other[1]} (--pair {one[0]}= says it is no state)")
-    return top[0]
+    tied = [c for c in candidates if c.key == least]
+    left = {c: _most_pairs([r for r in candidates if r is not c and not r.excludes(c)]) for c in tied}
+    top = [c for c in tied if left[c] == max(left.values())]
+    for c in top:
+        if not any(c.excludes(other) for other in top):
+            return c
+    one, other = ((graph.inputs[c.input].name, graph.outputs[c.output].name)
+                  for c in (top[0], next(c for c in top if c.excludes(top[0]))))
+    raise ModelError(f"the recurrent state cannot be told from the graph: {one[0]!r} -> {one[1]!r} and "
+                     f"{other[0]!r} -> {other[1]!r} fit equally well; pass --pair {one[0]}={one[1]} or "
+                     f"--pair {other[0]}={other[1]} (--pair {one[0]}= says it is no state)")
 
 
 def _most_pairs(candidates: list[_Candidate]) -> int:
