@@ -1,7 +1,8 @@
 """A model in ONNX Runtime that carries its recurrent state over a clip.
 
 Which input is the frame and which outputs are alpha and foreground follows from shapes: the frame is the
-input [1,3,H,W] that is no state, alpha the output with one channel, the foreground the one with three.
+input [1,3,H,W] that is no state, alpha the output of the frame's size with one channel, the foreground the one with
+three. A state is taken for one of them only if no other output is like that (some nets feed back their last alpha).
 """
 
 from __future__ import annotations
@@ -60,9 +61,9 @@ class Session:
         self._constants = self._find_constants(downsample_ratio)
         self.downsample_ratio = downsample_ratio
         self.output_names = [o.name for o in self._session.get_outputs()]
-        state_outputs = set(self._states.values()) | set(extra)
-        self._pictures = [n for n in self.output_names if n not in state_outputs]
-        self._channels: dict[str, int] = {}
+        states = set(self._states.values())
+        self._candidates = sorted((o.name for o in graph.outputs), key=states.__contains__)
+        self._pictures: dict[int, str] = {}
         self.reset()
 
     @property
@@ -119,32 +120,30 @@ class Session:
                              f"{' '.join(str(error).split())[:300]}") from error
         outputs = dict(zip(self.output_names, results, strict=True))
         self.state = {name: outputs[source] for name, source in self._states.items()}
-        if not self._channels:
-            self._channels = {n: outputs[n].shape[1] for n in self._pictures if outputs[n].ndim == 4}
+        if not self._pictures:
+            for name in self._candidates:
+                if outputs[name].ndim == 4 and outputs[name].shape[2:] == frame.shape[2:]:
+                    self._pictures.setdefault(outputs[name].shape[1], name)
         return outputs
 
     def alpha_of(self, outputs: Mapping[str, Array]) -> NDArray[np.float32]:
         """Alpha out of what `step` returned: float32 [H,W] in 0..1."""
-        return np.clip(outputs[self._picture(1, "alpha")][0, 0].astype(np.float32), 0.0, 1.0)
+        if 1 not in self._pictures:
+            raise ModelError(f"{self.label} has no output [1,1,H,W] of the frame's size that could be alpha; "
+                             f"its outputs are {', '.join(self._candidates)}")
+        return np.clip(outputs[self._pictures[1]][0, 0].astype(np.float32), 0.0, 1.0)
 
     def foreground_of(self, outputs: Mapping[str, Array]) -> NDArray[np.float32] | None:
         """Foreground out of what `step` returned: float32 [3,H,W] in 0..1; None where the model has none."""
-        if 3 not in self._channels.values():
+        if 3 not in self._pictures:
             return None
-        return np.clip(outputs[self._picture(3, "foreground")][0].astype(np.float32), 0.0, 1.0)
+        return np.clip(outputs[self._pictures[3]][0].astype(np.float32), 0.0, 1.0)
 
     def alphas(self, frames: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32]]:
         """Alpha of each frame of a clip in closed loop from the zero state: float32 [H,W] in 0..1."""
         self.reset()
         for frame in frames:
             yield self.alpha_of(self.step(frame))
-
-    def _picture(self, channels: int, what: str) -> str:
-        for name in self._pictures:
-            if self._channels.get(name) == channels:
-                return name
-        raise ModelError(f"{self.label} has no output [1,{channels},H,W] that could be {what}; "
-                         f"its outputs are {', '.join(self._pictures)}")
 
     def _find_frame(self) -> str:
         frames = [n for n, shape in self._shapes.items()
@@ -170,10 +169,15 @@ class Session:
 def _pairs_of(graph: Graph, pairs: Mapping[str, str] | None) -> tuple[StatePair, ...]:
     if not pairs and STATES_KEY in graph.metadata:
         try:
-            pairs = json.loads(graph.metadata[STATES_KEY])
-            return tuple(StatePair(str(i), str(o)) for i, o in dict(pairs or {}).items())
+            found = tuple(StatePair(str(i), str(o)) for i, o in dict(json.loads(graph.metadata[STATES_KEY])).items())
         except (ValueError, TypeError) as error:
             raise ModelError(f"the model's metadata {STATES_KEY} is damaged: {error}") from error
+        inputs, outputs = {v.name for v in graph.inputs}, {v.name for v in graph.outputs}
+        for pair in found:
+            if pair.input not in inputs or pair.output not in outputs:
+                raise ModelError(f"the model's metadata {STATES_KEY} is damaged: it names {pair.input} and "
+                                 f"{pair.output}, which are not both in the model")
+        return found
     return pair_states(graph, pairs)
 
 
@@ -185,6 +189,7 @@ def _create(graph: Graph, threads: int, optimize: bool, extra: Sequence[str], la
                                         else ort.GraphOptimizationLevel.ORT_DISABLE_ALL)
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")   # several sessions share the cores
     proto = graph.to_proto()
     present = {o.name for o in proto.graph.output}
     proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in dict.fromkeys(extra) if n not in present)
