@@ -29,7 +29,7 @@ class BindShapes(Pass):
         options = context.options
         session = Session(graph, optimize=False, pairs=options.pairs)
         frame = next(v for v in graph.inputs if v.name == session.frame_input)
-        size = _size_of(frame, options.size)
+        size = frame_size(frame, options.size)
         ratio_inputs = [v for v in graph.inputs if v.name in session.constant_inputs]
         if options.downsample_ratio is not None and not ratio_inputs:
             raise OptionError("--downsample-ratio was given, but the model has no input for it; leave it out, or "
@@ -79,7 +79,7 @@ class BindShapes(Pass):
             raise ModelError(f"the shape of {loose.name} stays free ({loose.shape}); export the model for one size")
 
 
-def _size_of(frame: Any, asked: tuple[int, int] | None) -> tuple[int, int]:
+def frame_size(frame: Any, asked: tuple[int, int] | None) -> tuple[int, int]:
     """(height, width) to bind to: what was asked for, which a static model must agree with."""
     fixed = [d if isinstance(d, int) else None for d in (frame.shape or [None] * 4)[2:]]
     size = asked or tuple(d or default for d, default in zip(fixed, DEFAULT_SIZE, strict=True))

@@ -1,0 +1,177 @@
+"""From a float model to a quantized one: what `vmq compile` does, as a function."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from passes import PIPELINE
+from passes.bind_shapes import frame_size
+from vmq.clips import Clip, open_clips
+from vmq.dump import Dump
+from vmq.errors import OptionError, OutputError
+from vmq.graph import Graph
+from vmq.pipeline import Context, Observer, PassResult, run_passes
+from vmq.runtime import Session
+from vmq.spec import TARGETS, Bits, Options, Recipe
+from vmq.synthetic import synthetic_clips
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a compile made.
+
+    Attributes:
+        graph: the quantized model.
+        path: the file it was written to, if any.
+        results: what each pass did, by its name, in order.
+        size_bytes: size of the quantized model as a file.
+        input_bytes: size of the model that went in, as a file.
+        synthetic: True when the built-in clips were used for want of footage.
+    """
+
+    graph: Graph
+    path: Path | None
+    results: Mapping[str, PassResult]
+    size_bytes: int
+    input_bytes: int
+    synthetic: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The result in plain JSON types."""
+        return {"path": str(self.path) if self.path else None, "size_bytes": self.size_bytes,
+                "input_bytes": self.input_bytes, "metadata": self.graph.metadata, "synthetic": self.synthetic,
+                "passes": {name: {"modified": r.modified, "notes": list(r.notes), "report": r.report}
+                           for name, r in self.results.items()}}
+
+    def lines(self) -> list[str]:
+        """What the user should know, a line each."""
+        placed, checked = self.results["insert_qdq"].report, self.results["verify"].report
+        states = self.results["find_closures"].report.get("states", [])
+        loops = checked["MAD_to_float"]
+        lines = []
+        if self.path:
+            lines.append(f"wrote {self.path}: {self.size_bytes / 1e6:.2f} MB, "
+                         f"{self.input_bytes / self.size_bytes:.1f} x smaller than the {self.input_bytes / 1e6:.2f} MB "
+                         "that went in")
+        pairs = ", ".join(f"{s['input']} -> {s['output']}" for s in states)
+        lines.append(f"recurrent states: {pairs or 'none found'}")
+        lines.append(f"quantized {placed['layers']} layers, {placed['weights']} weights, {placed['activations']} "
+                     f"activations; wider than nominal: {_wider(placed['wider'])}")
+        lines.append(f"alpha against float, MAD x 1e3 over {loops['frames']:.0f} calibration frames: "
+                     f"{loops['closed']:.2f} in closed loop, {loops['open']:.2f} on float states")
+        lines.append(f"the optimized model differs from the plain one in {checked['optimized_alpha_differs']:.2%} of "
+                     "8-bit alpha values")
+        lines += [f"note: {name}: {note}" for name, r in self.results.items() for note in r.notes]
+        if self.synthetic:
+            lines.append("calibrated on the built-in synthetic clips; your own footage (--calib) is better")
+        return lines
+
+
+def compile(  # noqa: A001  (the name of what it does: vmq.compile)
+    model: str | os.PathLike[str] | bytes | onnx.ModelProto | Graph, *, bits: str | int = 8, recipe: str = "mse",
+    calib: Sequence[str | os.PathLike[str]] = (), size: tuple[int, int] | str | None = None,
+    downsample_ratio: float | None = None, target: str = "cpu", container: str = "int4cast",
+    keep: Mapping[str, int] | None = None, pairs: Mapping[str, str] | None = None, seed: int = 0,
+    output: str | os.PathLike[str] | None = None, dump: str | os.PathLike[str] | None = None,
+    command: str = "", observers: Sequence[Observer] = (),
+    progress: Callable[[str, float], None] = lambda _what, _share: None,
+) -> Result:
+    """Quantize a video-matting network after training.
+
+    Args:
+        model: the float32 model: a file, bytes, a ModelProto or a Graph. It is not changed.
+        bits: 8 (W8A8), 4 (W4A4) or "w4a8".
+        recipe: a name that ships with vmq, or a TOML file.
+        calib: videos, folders of frames, folders with com/ and pha/; none: the built-in synthetic clips.
+        size: (width, height) in pixels or "WxH", for models with free dimensions.
+        downsample_ratio: for models that take one, in (0, 1].
+        target: where the model is to run.
+        container: how 4-bit weights are stored.
+        keep: bits of layers that stay wider, by kind (first, last, depthwise, pooled, recurrent) or node name.
+        pairs: state inputs and outputs by hand, where topology alone is ambiguous.
+        seed: of the samples that ranges are searched on.
+        output: the file to write; none: only the result is returned.
+        dump: folder for every intermediate result.
+        command: noted in the dump as the way to repeat it.
+        observers: watch the passes.
+        progress: called with (what is being done, share done).
+
+    Raises:
+        VmqError: bad input, by kind; a file named `output` is as it was before.
+    """
+    options = Options(bits=Bits.parse(bits), recipe=Recipe.load(recipe), target=_target(target), container=container,
+                      size=parse_size(size), downsample_ratio=downsample_ratio, keep=dict(keep or {}),
+                      pairs=dict(pairs or {}), seed=seed)
+    graph = model.copy() if isinstance(model, Graph) else Graph.load(model)
+    if output is not None:
+        _check_output(Path(output), model)
+    input_bytes = Path(model).stat().st_size if isinstance(model, (str, os.PathLike)) else len(graph.to_bytes())
+    clips = _clips(graph, options, calib)
+    context = Context(options, clips, progress=progress)
+    watchers = [*observers, *([Dump(Path(dump), command)] if dump is not None else [])]
+    results = run_passes(graph, PIPELINE, context, watchers)
+    if output is not None:
+        graph.save(output)
+    return Result(graph, Path(output) if output is not None else None,
+                  {p.name: r for p, r in zip(PIPELINE, results, strict=True)}, len(graph.to_bytes()), input_bytes,
+                  synthetic=not calib)
+
+
+def _check_output(path: Path, model: Any) -> None:
+    """Find out before the work, not after it, that the result has nowhere to go."""
+    if path.is_dir():
+        raise OutputError(f"cannot write {path}: it is a folder; give -o a file name")
+    if not path.parent.is_dir():
+        raise OutputError(f"cannot write {path}: there is no folder {path.parent}; create it, or choose another with -o")
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"cannot write {path}: {path.parent} is not writable; choose another place with -o")
+    if isinstance(model, (str, os.PathLike)) and path.exists() and path.samefile(model):
+        raise OutputError(f"cannot write {path}: it is the model that goes in; give -o another name")
+
+
+def parse_size(size: tuple[int, int] | str | None) -> tuple[int, int] | None:
+    """(height, width) of (width, height) or "WxH"; None stays None.
+
+    Raises:
+        OptionError: not two whole numbers.
+    """
+    if size is None:
+        return None
+    try:
+        width, height = (int(n) for n in (size.lower().split("x") if isinstance(size, str) else size))
+    except (ValueError, AttributeError) as error:
+        raise OptionError(f"--size {size} is not WIDTHxHEIGHT, for example 512x288") from error
+    return height, width
+
+
+def _target(name: str) -> Any:
+    if name not in TARGETS:
+        raise OptionError(f"--target {name} is not known; give one of {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+def _clips(graph: Graph, options: Options, calib: Sequence[str | os.PathLike[str]]) -> list[Clip]:
+    """Calibration clips at the size that the model will have."""
+    height, width = _frame_size(graph, options)
+    if calib:
+        return open_clips([Path(p) for p in calib], (height, width))
+    return synthetic_clips((height, width), seed=options.seed)
+
+
+def _frame_size(graph: Graph, options: Options) -> tuple[int, int]:
+    session = Session(graph, optimize=False, pairs=options.pairs)
+    return frame_size(next(v for v in graph.inputs if v.name == session.frame_input), options.size)
+
+
+def _wider(wider: Mapping[str, str]) -> str:
+    """A short account of what is wider than nominal: names up to six, then a count."""
+    if not wider:
+        return "nothing"
+    named = [f"{name} {bits}" for name, bits in wider.items()]
+    return ", ".join(named[:6]) + (f" and {len(named) - 6} more" if len(named) > 6 else "")

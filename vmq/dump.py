@@ -1,0 +1,111 @@
+"""The observer that writes a dump: every intermediate result as a file that can be opened, run and scored.
+
+    DIR/00_input.onnx               the model that went in
+    DIR/NN_pass.onnx, .txt, .diff   the graph after pass NN, as text, and what changed in the text
+    DIR/NN_pass.json                the pass's report: changes, notes, seconds
+    DIR/probe.npz                   a few calibration frames (uint8 [T,3,H,W]), to score every dump with
+    DIR/pipeline.json               options, versions, passes, timings
+    DIR/NN_pass.failed.onnx, .json  on failure: the graph the pass was given, the error, how to run it again
+
+An analysis changes nothing, so it leaves only its .json; so does a transformation that found nothing to do.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import traceback
+from collections.abc import Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from vmq import __version__
+from vmq.errors import OutputError
+from vmq.graph import Graph, write_atomic
+from vmq.pipeline import Context, Observer, Pass, PassResult
+from vmq.text import diff_graphs, format_graph
+
+PROBE_FRAMES = 8
+"""Frames kept for scoring, from the start of the first calibration clip: the states warm up within them."""
+
+
+class Dump(Observer):
+    """Writes the numbered dump of a compile into a folder.
+
+    Args:
+        folder: created when missing; dump files of an earlier compile in it are replaced.
+        command: what to type to run the same again, for the reproducer.
+
+    Raises:
+        OutputError: the folder cannot be written, or holds something that is not a dump.
+    """
+
+    def __init__(self, folder: Path, command: str = "") -> None:
+        self.folder, self.command = folder, command
+        try:
+            if folder.exists() and any(folder.iterdir()) and not (folder / "pipeline.json").is_file():
+                raise OutputError(f"{folder} holds files that are no dump; give --dump a new or empty folder")
+            folder.mkdir(parents=True, exist_ok=True)
+            for old in chain(folder.glob("[0-9][0-9]_*.*"), folder.glob("probe.npz")):
+                old.unlink()
+        except OSError as error:
+            raise OutputError(f"cannot write the dump to {folder}: {error.strerror}; give --dump another folder") \
+                from error
+
+    def started(self, graph: Graph, context: Context, passes: Sequence[Pass]) -> None:
+        self._context = context
+        self._pipeline: dict[str, Any] = {
+            "command": self.command, "options": context.options.describe(), "versions": versions(),
+            "clips": [{"name": c.name, "frames": len(c)} for c in context.clips], "passes": [], "finished": False}
+        self._text = format_graph(graph)
+        write_atomic(self.folder / "00_input.onnx", graph.to_bytes())
+        write_atomic(self.folder / "00_input.txt", self._text.encode())
+        self._write_pipeline()
+
+    def after(self, index: int, step: Pass, graph: Graph, result: PassResult, seconds: float) -> None:
+        stem = f"{index:02}_{step.name}"
+        entry = {"index": index, "name": step.name, "modified": result.modified, "seconds": round(seconds, 3),
+                 "model": f"{stem}.onnx" if result.modified else None}
+        self._write_json(f"{stem}.json", entry | {"notes": list(result.notes), "report": result.report})
+        if result.modified:
+            text = format_graph(graph)
+            write_atomic(self.folder / f"{stem}.onnx", graph.to_bytes())
+            write_atomic(self.folder / f"{stem}.txt", text.encode())
+            write_atomic(self.folder / f"{stem}.diff", diff_graphs(self._text, text).encode())
+            self._text = text
+        self._pipeline["passes"].append(entry)
+        self._write_pipeline()
+
+    def failed(self, index: int, step: Pass, before: bytes, error: BaseException) -> None:
+        stem = f"{index:02}_{step.name}.failed"
+        write_atomic(self.folder / f"{stem}.onnx", before)
+        self._write_json(f"{stem}.json", {
+            "pass": step.name, "error": f"{type(error).__name__}: {error}",
+            "traceback": traceback.format_exception(error), "reproduce": self.command,
+            "model_before_the_pass": f"{stem}.onnx", "options": self._context.options.describe(),
+            "versions": versions()})
+
+    def finished(self, graph: Graph) -> None:
+        clips = [c for c in self._context.clips if len(c)]
+        if clips:
+            frames = np.stack(list(islice(clips[0].frames(), PROBE_FRAMES)))
+            np.savez_compressed(self.folder / "probe.npz", frames=frames)
+        self._pipeline["finished"] = True
+        self._write_pipeline()
+
+    def _write_pipeline(self) -> None:
+        self._write_json("pipeline.json", self._pipeline)
+
+    def _write_json(self, name: str, content: Any) -> None:
+        write_atomic(self.folder / name, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result."""
+    return {"vmq": __version__, "python": platform.python_version(), "numpy": np.__version__,
+            "onnx": onnx.__version__, "onnxruntime": ort.__version__, "machine": platform.machine()}
