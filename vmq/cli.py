@@ -10,13 +10,14 @@ import argparse
 import errno
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vmq.errors import OptionError, VmqError
+from vmq.errors import OptionError, OutputError, VmqError
 from vmq.progress import Progress
 
 EXIT_ERROR = 2
@@ -26,6 +27,7 @@ EXIT_INTERRUPT = 130  # 128 + SIGINT, as shells have it
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     args = _parser().parse_args(arguments)
+    args.words = sys.argv[1:] if arguments is None else arguments
     try:
         command: Callable[[argparse.Namespace], None] = args.command
         command(args)
@@ -70,17 +72,17 @@ def _compile(args: argparse.Namespace) -> None:
     from vmq.compile import compile  # noqa: A004  (the API's name for it)
     from vmq.spec import Bits
 
-    bits = Bits.parse(args.bits)
-    if not args.calib:
-        _remark(args, "no --calib: calibrating on the built-in synthetic clips; your own footage is better")
+    output = args.output or Path(f"{args.model.stem}_{str(Bits.parse(args.bits)).lower()}.onnx")
+    _check_output(output, args.model)
     with Progress(quiet=args.quiet) as progress:
+        shown = _observer(progress)
         result = compile(
             args.model, bits=args.bits, recipe=args.recipe, calib=args.calib, size=args.size,
             downsample_ratio=args.downsample_ratio, target=args.target, container=args.container,
-            keep=dict(args.keep), pairs=dict(args.pair),
-            output=args.output or Path(f"{args.model.stem}_{str(bits).lower()}.onnx"), dump=args.dump, seed=args.seed,
-            observers=[_observer(progress)])
-    _print(args, result.report, result.lines())
+            keep=dict(args.keep), pairs=dict(args.pair), output=output, dump=args.dump, seed=args.seed,
+            command=shlex.join(["vmq", *args.words]), observers=[shown], progress=shown.tell)
+    if args.json or not args.quiet:
+        _print(args, result.to_json(), result.lines())
 
 
 def _passes(args: argparse.Namespace) -> None:
@@ -103,8 +105,7 @@ def _run(args: argparse.Namespace) -> None:
     from vmq.matting import matte, open_source
     from vmq.runtime import Session
 
-    if Path(args.clip).exists() and Path(args.clip).resolve() == args.output.resolve():
-        raise OptionError(f"-o {args.output} is the clip itself; name another file")
+    _check_output(args.output, Path(args.clip))
     session = Session(args.model, threads=args.threads)
     if args.downsample_ratio is not None and not session.takes_ratio:
         raise OptionError(f"{args.model} has no input for a downsample ratio; leave --downsample-ratio out")
@@ -144,21 +145,30 @@ def _print(args: argparse.Namespace, table: Any, lines: Sequence[str]) -> None:
     print(json.dumps(table, indent=2) if args.json else "\n".join(lines))
 
 
+def _check_output(output: Path, source: Path) -> None:
+    """Refuse, before the work, an output that could not be written after it."""
+    if not output.absolute().parent.is_dir():
+        raise OutputError(f"cannot write {output}: there is no folder {output.parent}; create it first")
+    if output.exists() and source.exists() and output.samefile(source):
+        raise OptionError(f"-o {output} is the input itself; name another file")
+
+
 def _observer(progress: Progress) -> Any:
-    """An observer of the pipeline that shows each pass and how far it is."""
+    """An observer of the pipeline that shows which pass is at work, and how far it is."""
     from vmq.pipeline import Context, Observer, Pass
 
     class Shown(Observer):
+        where = ""
+
         def started(self, graph: Any, context: Context, passes: Sequence[Pass]) -> None:  # noqa: ARG002
-            self.number, self.count, self.name = 0, len(passes), ""
-            context.progress = lambda what, share: self.show(f": {what}", share)
+            self.names = [step.name for step in passes]
 
         def before(self, step: Pass, graph: Any) -> None:  # noqa: ARG002
-            self.number, self.name = self.number + 1, step.name
-            self.show("", 0)
+            self.where = f"{step.name} ({self.names.index(step.name) + 1} of {len(self.names)})"
+            progress(self.where, 0, 1)
 
-        def show(self, what: str, share: float) -> None:
-            progress(f"[{self.number}/{self.count}] {self.name}{what}", share, 1)
+        def tell(self, what: str, share: float) -> None:
+            progress(f"{self.where}: {what}", share, 1)
 
     return Shown()
 
