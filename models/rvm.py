@@ -536,7 +536,7 @@ def export(
         downsample_ratio: fixed in the file, above 0 up to 1. Not used by `dynamic`, where it is an input [1].
         dynamic: every size is free and first states are 1x1x1x1 zeros, as in the authors' own ONNX files.
         keep_bn: leave BatchNormalization as nodes instead of folding it into the convs.
-        opset: 12 or later; 17 by default, 12 if `dynamic`.
+        opset: 12 to 20; 17 by default, 12 if `dynamic`.
 
     Raises:
         ValueError: an option has a value that cannot be used, or two contradict each other.
@@ -547,8 +547,8 @@ def export(
         raise FileNotFoundError(f"no folder {path.parent} to write {path.name} in")
     opset = opset or (12 if dynamic else 17)
     reduced = dynamic or downsample_ratio != 1
-    if opset < 12:
-        raise ValueError(f"opset {opset} is too old for RVM; use 12 or later")
+    if not 12 <= opset <= 20:
+        raise ValueError(f"opset {opset} cannot be exported; use 12 to 20")
     if not 0 < downsample_ratio <= 1:
         raise ValueError(f"downsample ratio {downsample_ratio} is not above 0 and at most 1")
     if reduced != (model.refiner is not None):
