@@ -175,6 +175,16 @@ def test_the_figure_is_small_and_says_where_it_is_from() -> None:
     assert "public domain" in (folder / "ORIGIN.txt").read_text()
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch's threads wait for each other busily, which on a loaded machine takes many times longer than one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_rvm_sees_the_person(shared: Path, clips: list[tuple[Clip, list[Frame], list[Frame]]]) -> None:
     """The real FP32 network, in closed loop from zero states, scores here what it scores on real footage."""
     model = rvm.build(state=rvm.load_state(shared / "rvm" / "rvm_mobilenetv3.safetensors"))
@@ -182,9 +192,9 @@ def test_rvm_sees_the_person(shared: Path, clips: list[tuple[Clip, list[Frame], 
         states = [torch.zeros(1, 1, 1, 1)] * 4
         predicted = []
         with torch.inference_mode():
-            for frame in frames[:6]:
+            for frame in frames[:4]:
                 _, alpha, *states = model(torch.from_numpy(to_float(frame))[None], *states)
                 predicted.append(np.rint(alpha[0, 0].numpy() * 255).astype(np.uint8))
-        scores = score_clip(predicted, mattes[:6])
+        scores = score_clip(predicted, mattes[:4])
         assert scores.MAD < 12, clip.name
         assert scores.F > 0.97, clip.name

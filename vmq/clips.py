@@ -54,7 +54,7 @@ VIDEO_SUFFIXES = frozenset({
     ".ts",
     ".webm",
 })
-_logging: Any = cv2.utils.logging  # OpenCV's type stubs leave it out
+_logging: Any = cv2 if hasattr(cv2, "setLogLevel") else cv2.utils.logging  # OpenCV 4, OpenCV 5
 DEFAULT_FPS = 25.0
 _WANTED = "a video, a folder of frames, or a folder with com/ and pha/"
 
@@ -332,7 +332,7 @@ def _capture(source: Path | int) -> Iterator[cv2.VideoCapture]:
 def _quiet() -> Iterator[None]:
     """Keep OpenCV's own complaints off stderr: what is wrong is told by an exception."""
     level = _logging.getLogLevel()
-    _logging.setLogLevel(_logging.LOG_LEVEL_SILENT)
+    _logging.setLogLevel(0)
     try:
         yield
     finally:
