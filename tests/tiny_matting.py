@@ -1,6 +1,6 @@
 """A matting network so small that its result is known by heart, for the tests of runtime and command line.
 
-    state' = (mean(src) * ratio + state) / 2,    pha = state',    fgr = src / 2
+    state' = (mean(src) * ratio + state) * FADE,    pha = state',    fgr = src / 2
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import numpy as np
 import onnx.parser
 from numpy.typing import NDArray
 
+FADE = 0.4637
+"""Of so many digits that no alpha comes to lie between two 8-bit values, where rounding would be a matter of luck."""
+
 
 def model(size: tuple[object, object] = (16, 24), *, foreground: bool = True, ratio: bool = False) -> onnx.ModelProto:
     """The network at a size (H, W), numbers or names of free dimensions."""
@@ -21,11 +24,11 @@ def model(size: tuple[object, object] = (16, 24), *, foreground: bool = True, ra
             float[1, 3, {plane}] src, float[1, 1, {plane}] last{", float[1] ratio" if ratio else ""}
         ) => (
             {f"float[1, 3, {plane}] fgr," if foreground else ""} float[1, 1, {plane}] pha, float[1, 1, {plane}] next
-        ) <float half = {{0.5}}, float none = {{0.0}}, int64[1] channels = {{1}}> {{
+        ) <float half = {{0.5}}, float fade = {{{FADE}}}, float none = {{0.0}}, int64[1] channels = {{1}}> {{
             mean = ReduceMean <keepdims = 1> (src, channels)
             light = {"Mul (mean, ratio)" if ratio else "Identity (mean)"}
             sum = Add (light, last)
-            next = Mul (sum, half)
+            next = Mul (sum, fade)
             pha = Add (next, none)
             {"fgr = Mul (src, half)" if foreground else ""}
         }}""")
@@ -41,7 +44,7 @@ def alphas(frames: Iterable[NDArray[np.uint8]], ratio: float = 1.0) -> list[NDAr
     """What the network gives for a clip of uint8 [3,H,W]."""
     state, found = np.zeros(1), []
     for frame in frames:
-        state = (frame.mean(axis=0) / 255 * ratio + state) / 2
+        state = (frame.mean(axis=0) / 255 * ratio + state) * FADE
         found.append(state)
     return found
 
