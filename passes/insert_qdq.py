@@ -38,6 +38,7 @@ class InsertQdq(Pass):
     name: ClassVar[str] = "insert_qdq"
 
     def run(self, graph: Graph, context: Context) -> PassResult:
+        graph.infer_shapes()
         context.reference = graph.copy()
         closures = context.found["find_closures"]
         work = _Placement(graph, context.options, {s.pair.output for s in closures.states},

@@ -1,0 +1,109 @@
+"""Ranges come from clips run recurrently, and fit what the tensors really take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from compiling import SIZE, clips, network, run_to
+from tiny_recurrent import read
+
+from vmq.clips import Clip
+from vmq.errors import PassError
+from vmq.graph import Graph
+from vmq.pipeline import Context
+from vmq.runtime import Session
+
+
+def quantizer(graph: Graph, name: str) -> Any:
+    return next(n for n in graph.value(name).outputs if n.op == "QuantizeLinear")
+
+
+def number(value: Any) -> float:
+    return float(np.asarray(value.values))
+
+
+def test_video_frames_are_exact():
+    graph = network()
+    run_to("calibrate_ranges", graph, "4")
+    node = quantizer(graph, "src")
+    assert number(node.inputs[1]) == np.float32(1 / 255)
+    assert number(node.inputs[2]) == 0
+
+
+def test_warm_states_are_seen():
+    """A state that gathers up over the clip: its range is that of the last frames, not of the first."""
+    text = """(float[1,3,32,48] src, float[1,3,32,48] r, float[3,3,1,1] w0, float[1,3,1,1] w1)
+              => (float[1,1,32,48] pha, float[1,3,32,48] s) {
+        x = Conv (src, w0)
+        s = Add (x, r)
+        pha = Conv (s, w1)
+    }"""
+    light = Clip("light", 25.0, SIZE, 8, lambda start, stop: (np.full((3, *SIZE), 255, np.uint8)
+                                                              for _ in range(8)[start:stop]))
+    graph = read(text)
+    graph.value("w0").values = np.eye(3, dtype=np.float32).reshape(3, 3, 1, 1)
+    run_to("calibrate_ranges", graph, footage=[light])
+    state = quantizer(graph, "s_before")
+    assert number(state.inputs[1]) * 255 == pytest.approx(8.0, rel=0.02)
+    assert number(quantizer(graph, "r").inputs[1]) * 255 == pytest.approx(7.0, rel=0.02)
+
+
+def test_every_tensor_is_represented_well():
+    """On the calibration frames, 8-bit rounding alone stays under a hundredth of each tensor's energy."""
+    graph = network()
+    context = run_to("calibrate_ranges", graph)
+    assert context.reference is not None
+    ends = {n.outputs[0].outputs[0].outputs[0].name: n.inputs[0].name for n in graph.nodes if n.op == "QuantizeLinear"
+            and n.inputs[0].inputs and n.inputs[0].name not in context.found["insert_qdq"]
+            and n.inputs[0].inputs[0].op not in ("Split",)}
+    exact, ours = Session(context.reference, extra=list(ends.values())), Session(graph, extra=list(ends))
+    frame = next(clips()[0].frames())
+    a, b = exact.step(frame), ours.step(frame)
+    assert len(ends) > 20
+    for dequantized, source in ends.items():
+        x = a[source].astype(np.float64)
+        assert ((x - b[dequantized]) ** 2).sum() < 0.01 * (x ** 2).sum() + 1e-9, source
+
+
+def test_the_same_seed_gives_the_same_ranges_and_frames_count():
+    graphs = [network(), network()]
+    for graph in graphs:
+        context = run_to("calibrate_ranges", graph)
+    assert graphs[0].to_bytes() == graphs[1].to_bytes()
+    assert sum(len(c) for c in context.clips) == 8
+
+
+def test_a_bias_too_large_for_its_steps_widens_the_weight_scale():
+    graph = network()
+    graph.value("w5b").values = np.full(8, 1e7, np.float32)
+    graph.value("w5").values = (graph.value("w5").values * 1e-4).astype(np.float32)
+    run_to("quantize_biases", graph)
+    conv = next(n for n in graph.nodes if n.op == "Conv" and n.outputs[0].name == "mixed")
+    steps = np.asarray(conv.inputs[2].inputs[0].inputs[0].values, np.int64)
+    assert (np.abs(steps) <= 2**30).all()
+    assert np.allclose(steps * np.asarray(conv.inputs[2].inputs[0].inputs[1].values, np.float64), 1e7, rtol=1e-6)
+
+
+def test_nan_in_the_float_network_is_named():
+    graph = network()
+    graph.value("w5").values = np.full((8, 11, 3, 3), 3e38, np.float32)
+    with pytest.raises(PassError, match=r"calibrate_ranges failed.*becomes NaN or infinite in frame 0.*float already"):
+        run_to("calibrate_ranges", graph)
+
+
+def test_no_frames_is_an_error():
+    with pytest.raises(PassError, match="there are no calibration frames"):
+        run_to("calibrate_ranges", network(), footage=[])
+
+
+def test_progress_reaches_the_end():
+    from passes import PIPELINE
+    from vmq.pipeline import run_passes
+    from vmq.spec import Options
+    seen: list[tuple[str, float]] = []
+    context = Context(Options(), clips(1, 2), progress=lambda what, share: seen.append((what, share)))
+    run_passes(network(), PIPELINE[:8], context)
+    assert ("running the calibration clips", 1.0) in seen
+    assert ("searching ranges", 1.0) in seen

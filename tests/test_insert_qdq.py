@@ -1,0 +1,132 @@
+"""Where Q/DQ pairs go, and that ONNX Runtime makes integer kernels of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from compiling import network, optimized_ops, run_to
+from tiny_recurrent import read
+
+from vmq.errors import OptionError
+from vmq.graph import Graph
+
+
+def quantizers(graph: Graph, name: str) -> list[str]:
+    """Element types of the chain of quantizers behind the value `name`."""
+    found, value = [], graph.value(name)
+    while True:
+        behind = [n for n in value.outputs if n.op == "QuantizeLinear"]
+        if not behind:
+            return found
+        assert len(behind) == 1
+        found.append(behind[0].inputs[2].dtype.name)
+        value = behind[0].outputs[0].outputs[0].outputs[0]
+
+
+def test_at_8_bits_every_edge_of_an_integer_kernel_has_one_quantizer():
+    graph = network()
+    run_to("insert_qdq", graph)
+    for name in ("src", "r", "first", "a", "b", "pool", "f2", "gate", "c", "point", "d", "joined", "e", "xr", "g",
+                 "gates", "kept", "xk", "n", "delta", "move", "both"):
+        assert quantizers(graph, name) == ["uint8"], name
+    for name in ("deep", "f1", "mixed", "new", "head", "residual", "alpha", "shifted"):
+        assert quantizers(graph, name) == [], name       # before a Relu, between float operators, behind the last layer
+
+
+def test_at_4_bits_layers_read_4_and_carriers_read_8():
+    graph = network()
+    run_to("insert_qdq", graph, "4")
+    assert quantizers(graph, "src") == ["uint8"]           # the first layer stays at 8 bits
+    assert quantizers(graph, "both") == ["uint8"]          # and the last
+    assert quantizers(graph, "a") == ["uint8", "uint4"]    # read by a layer and by the residual Add
+    for name in ("pool", "f2", "c", "joined", "xr", "xk"):
+        assert quantizers(graph, name) == ["uint4"], name  # read by a layer alone
+    for name in ("d", "gates", "kept", "delta", "move"):
+        assert quantizers(graph, name) == ["uint8"], name  # read by carriers alone
+    widths = {n.inputs[1].inputs[0].inputs[2].dtype.name for n in graph.nodes if n.op == "Conv"}
+    assert widths == {"int4", "int8"}
+
+
+def test_what_a_mover_hands_on_is_not_rounded_twice():
+    graph = network()
+    run_to("insert_qdq", graph)
+    split = next(n for n in graph.nodes if n.op == "Split" and n.outputs[0].name == "left")
+    before = split.inputs[0].inputs[0]
+    for result in split.outputs:
+        behind = next(n for n in result.outputs if n.op == "QuantizeLinear")
+        assert behind.inputs[1] is before.inputs[1]
+        assert behind.inputs[2] is before.inputs[2]
+
+
+def test_a_state_output_keeps_its_name_behind_its_quantizer():
+    graph = network()
+    signature = graph.signature()
+    context = run_to("insert_qdq", graph)
+    assert graph.signature() == signature
+    state = next(v for v in graph.outputs if v.name == "s")
+    assert state.inputs[0].op == "DequantizeLinear"
+    assert context.found["insert_qdq"] == {"s_before": "s"}
+    for name in ("pha", "fgr"):
+        assert next(v for v in graph.outputs if v.name == name).inputs[0].op == "Sigmoid"
+
+
+def test_every_layer_but_the_last_becomes_an_integer_convolution(tmp_path):
+    for bits in ("8", "w4a8", "4"):
+        graph = network()
+        run_to("lower", graph, bits)
+        ops = optimized_ops(graph, tmp_path / f"{bits}.onnx")
+        assert ops["QLinearConv"] == 8, ops
+        assert ops.get("Conv", 0) + ops.get("FusedConv", 0) == 1, ops
+        assert "Relu" not in ops
+
+
+def test_layers_that_stay_wider_are_named_and_can_be_chosen():
+    graph = network()
+    context = run_to("insert_qdq", graph, "4", keep={"recurrent": 8, "first": 4})
+    placed = {n.name: n.inputs[1].inputs[0].inputs[2].dtype.name for n in graph.nodes if n.op == "Conv"}
+    gates = [n for s in context.found["find_closures"].states for n in s.nodes if n in placed]
+    assert {placed[n] for n in gates} == {"int8"}
+    first = next(n for n in graph.nodes if n.op == "Conv" and n.outputs[0].name == "first")
+    assert placed[first.name] == "int4"
+    with pytest.raises(OptionError, match=r"--keep nonsense: no such layer"):
+        run_to("insert_qdq", network(), keep={"nonsense": 8})
+
+
+def test_a_variance_stays_float():
+    graph = read("""(float[1,4,8,8] x, float[4,4,3,3] w0, float[4,1,3,3] w1, float[4,4,1,1] w2, float[1,4,1,1] w3)
+                    => (float[1,1,8,8] pha) {
+        y = Conv <pads = [1,1,1,1]> (x, w0)
+        square = Mul (y, y)
+        mean_of_square = Conv <pads = [1,1,1,1], group = 4> (square, w1)
+        mean = Conv <pads = [1,1,1,1], group = 4> (y, w1)
+        square_of_mean = Mul (mean, mean)
+        variance = Sub (mean_of_square, square_of_mean)
+        z = Conv (variance, w2)
+        q = Relu (z)
+        pha = Conv (q, w3)
+    }""")
+    graph.value("w1").values = np.full((4, 1, 3, 3), 1 / 9, np.float32)
+    from passes.find_closures import Closures
+    from passes.insert_qdq import InsertQdq
+    from vmq.pipeline import Context, run_passes
+    from vmq.spec import Bits, Options
+    context = Context(Options(bits=Bits(8, 8)), found={"find_closures": Closures((), ())})
+    graph.infer_shapes()
+    result = run_passes(graph, [InsertQdq()], context)[0]
+    for name in ("y", "square", "mean", "mean_of_square", "square_of_mean"):
+        assert quantizers(graph, name) == [], name
+    assert quantizers(graph, "variance") == ["uint8"]
+    assert sum("stays float" in n for n in result.notes) == 2
+
+
+def test_nothing_depends_on_names():
+    graph, renamed = network(), network()
+    for index, node in enumerate(renamed.nodes):
+        node.name = f"n{index * 7919 % 101}_{index}"
+        for value in node.outputs:
+            if value.name not in ("fgr", "pha", "s"):
+                value.name = f"v{index * 31 % 17}_{id(value) % 1000}_{index}_{value.name[::-1]}"
+    renamed._names = None
+    for g in (graph, renamed):
+        run_to("insert_qdq", g, "4")
+    assert [n.op for n in graph.nodes] == [n.op for n in renamed.nodes]

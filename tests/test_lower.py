@@ -1,0 +1,71 @@
+"""Lowering changes containers and not one bit of the result."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from compiling import clips, network, optimized_ops, run_to
+
+from vmq.graph import Graph
+from vmq.runtime import STATES_KEY, Session
+
+
+@pytest.mark.parametrize("bits", ["8", "w4a8", "w8a4", "4"])
+@pytest.mark.parametrize("container", ["int4cast", "int8", "int4"])
+def test_same_bits_out(bits: str, container: str):
+    before, after = network(), network()
+    run_to("quantize_biases", before, bits)
+    run_to("lower", after, bits, container=container)
+    one, two = Session(before, optimize=False), Session(Graph.load(after.to_bytes()), optimize=False)
+    for frame in clips(1, 4)[0].frames():
+        a, b = one.step(frame), two.step(frame)
+        for name, values in a.items():
+            assert np.array_equal(b[name], values), name
+
+
+@pytest.mark.parametrize(("container", "stored"), [("int4cast", "int4"), ("int8", "int8"), ("int4", "int4")])
+def test_weights_are_stored_as_asked(container: str, stored: str):
+    graph = network()
+    run_to("lower", graph, "4", container=container)
+    assert not any(n.op == "QuantizeLinear" and not n.inputs[0].inputs and n.inputs[0].name not in ("src", "r")
+                   for n in graph.nodes)
+    kinds = {c.dtype.name for c in graph.constants() if len(c.shape or ()) == 4 and c.shape[0] > 1}
+    assert stored in kinds
+    assert ("Cast" in {n.op for n in graph.nodes}) == (container == "int4cast")
+
+
+def test_a_4_bit_activation_never_leaves_its_16_levels():
+    graph = network()
+    run_to("lower", graph, "4")
+    clipped = [n.outputs[0].name for n in graph.nodes if n.op == "Clip"]
+    assert len(clipped) >= 5
+    session = Session(graph, extra=clipped, optimize=False)
+    for frame in clips(1, 2)[0].frames():
+        outputs = session.step(frame)
+        for name in clipped:
+            assert outputs[name].dtype == np.uint8
+            assert outputs[name].max() <= 15
+
+
+def test_4_bits_in_the_cast_container_run_in_integers_and_the_textbook_form_does_not(tmp_path):
+    counts = {}
+    for container in ("int4cast", "int4"):
+        graph = network()
+        run_to("lower", graph, "4", container=container)
+        counts[container] = optimized_ops(graph, tmp_path / f"{container}.onnx").get("QLinearConv", 0)
+    assert counts["int4cast"] == 8
+    assert counts["int4"] < 8
+
+
+def test_metadata_say_what_was_done():
+    graph = network()
+    run_to("lower", graph, "4", keep={"recurrent": 8})
+    metadata = Graph.load(graph.to_bytes()).metadata
+    assert json.loads(metadata[STATES_KEY]) == {"r": "s"}
+    options = json.loads(metadata["vmq.options"])
+    assert options["bits"] == "W4A4"
+    assert options["keep"] == {"recurrent": 8}
+    assert metadata["vmq.minimum_onnxruntime"] == "1.24"
+    assert json.loads(metadata["vmq.calibration"])[0]["frames"] == 4
