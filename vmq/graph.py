@@ -63,10 +63,12 @@ class Graph:
             ModelError: not a file, not ONNX, truncated, invalid, or holding control flow.
         """
         model, label = _read_proto(source)
-        _refuse_unsupported(model, label)
         try:
+            _refuse_unsupported(model, label)
             return cls(gs.import_onnx(_constants_as_initializers(model)),
                        {p.key: p.value for p in model.metadata_props})
+        except ModelError:
+            raise
         except (ValueError, KeyError, AttributeError, gs.OnnxGraphSurgeonException) as error:
             raise ModelError(f"{label}: the graph cannot be read ({_first_line(error)})") from error
 
@@ -359,26 +361,28 @@ def _read_proto(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> tup
         copy = onnx.ModelProto()
         copy.CopyFrom(source)
         return copy, "model"
-    label = "model"
+    label = "model" if isinstance(source, bytes) else str(source)
     try:
-        if isinstance(source, bytes):
-            model = onnx.load_from_string(source)
-        else:
+        if not isinstance(source, bytes):
             path = Path(source)
-            label = str(path)
             if path.is_dir():
                 raise ModelError(f"{label} is a folder; give an ONNX file")
-            model = onnx.load(path)
+            model = onnx.load_from_string(path.read_bytes())
+        else:
+            model = onnx.load_from_string(source)
+    except ModelError:
+        raise
     except FileNotFoundError as error:
-        if label != "model" and not Path(label).exists():
-            raise ModelError(f"{label} does not exist; give an ONNX file (`vmq fetch rvm` gets one)") from error
-        raise ModelError(f"{label}: its external data is missing ({_first_line(error)})") from error
+        raise ModelError(f"{label} does not exist; give an ONNX file (`vmq fetch rvm` gets one)") from error
     except OSError as error:
         raise ModelError(f"{label} cannot be read: {error.strerror or error}") from error
-    except (google.protobuf.message.DecodeError, onnx.checker.ValidationError, ValueError) as error:
-        if isinstance(error, ModelError):
-            raise
+    except (google.protobuf.message.DecodeError, ValueError) as error:
         raise ModelError(f"{label} is not an ONNX model, or is truncated ({_first_line(error)})") from error
+    if not isinstance(source, bytes):
+        try:
+            onnx.load_external_data_for_model(model, str(path.parent))
+        except (OSError, onnx.checker.ValidationError, ValueError) as error:
+            raise ModelError(f"{label}: its external data cannot be read ({_first_line(error)})") from error
     if not model.graph.node or not model.opset_import:
         raise ModelError(f"{label} is not an ONNX model, or is empty: it has no nodes")
     try:
@@ -389,6 +393,15 @@ def _read_proto(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> tup
 
 
 def _refuse_unsupported(model: onnx.ModelProto, label: str) -> None:
+    texts: list[Any] = [model.graph.name, *(t for p in model.metadata_props for t in (p.key, p.value))]
+    if any(isinstance(t, bytes) for t in texts):     # protobuf hands out what is not UTF-8 as bytes
+        raise ModelError(f"{label} is damaged: names or metadata in it are not UTF-8")
+    for tensor in model.graph.initializer:
+        if onnx.external_data_helper.uses_external_data(tensor):
+            raise ModelError(f"{label}: the data of {tensor.name!r} are in another file; give the model's path")
+    if model.graph.sparse_initializer:
+        raise ModelError(f"{label}: weight {model.graph.sparse_initializer[0].values.name!r} is stored sparse, which "
+                         "is not supported; export the model with dense weights")
     for node in model.graph.node:
         name = node.name or (node.output[0] if node.output else "?")
         if any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in node.attribute):
@@ -400,7 +413,7 @@ def _refuse_unsupported(model: onnx.ModelProto, label: str) -> None:
 
 
 def _constants_as_initializers(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Turn Constant nodes into initializers, and take initializers out of the inputs."""
+    """Turn Constant nodes into initializers, all stored alike, and take initializers out of the inputs."""
     graph = model.graph
     kept = []
     for node in graph.node:
@@ -419,6 +432,11 @@ def _constants_as_initializers(model: onnx.ModelProto) -> onnx.ModelProto:
             raise ModelError(f"constant {node.output[0]!r} is a {attribute.name}, which is not supported")
         tensor.name = node.output[0]
         graph.initializer.append(tensor)
+    for tensor in graph.initializer:       # as they are written again once a pass has read their values
+        if not tensor.HasField("raw_data"):
+            tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor), tensor.name))
+        tensor.ClearField("data_location")
+        tensor.ClearField("doc_string")
     del graph.node[:]
     graph.node.extend(kept)
     names = {i.name for i in graph.initializer}
