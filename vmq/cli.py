@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vmq.errors import OptionError, OutputError, VmqError
+from vmq.errors import OptionError, VmqError
 from vmq.progress import Progress
 
 EXIT_ERROR = 2
@@ -73,7 +73,6 @@ def _compile(args: argparse.Namespace) -> None:
     from vmq.spec import Bits
 
     output = args.output or Path(f"{args.model.stem}_{str(Bits.parse(args.bits)).lower()}.onnx")
-    _check_output(output, args.model)
     with Progress(quiet=args.quiet) as progress:
         shown = _observer(progress)
         result = compile(
@@ -105,7 +104,8 @@ def _run(args: argparse.Namespace) -> None:
     from vmq.matting import matte, open_source
     from vmq.runtime import Session
 
-    _check_output(args.output, Path(args.clip))
+    if args.output.exists() and Path(args.clip).exists() and args.output.samefile(args.clip):
+        raise OptionError(f"-o {args.output} is the clip that goes in; name another file")
     session = Session(args.model, threads=args.threads)
     if args.downsample_ratio is not None and not session.takes_ratio:
         raise OptionError(f"{args.model} has no input for a downsample ratio; leave --downsample-ratio out")
@@ -143,14 +143,6 @@ def _remark(args: argparse.Namespace, text: str) -> None:
 def _print(args: argparse.Namespace, table: Any, lines: Sequence[str]) -> None:
     """Print a command's result: as JSON, or as lines."""
     print(json.dumps(table, indent=2) if args.json else "\n".join(lines))
-
-
-def _check_output(output: Path, source: Path) -> None:
-    """Refuse, before the work, an output that could not be written after it."""
-    if not output.absolute().parent.is_dir():
-        raise OutputError(f"cannot write {output}: there is no folder {output.parent}; create it first")
-    if output.exists() and source.exists() and output.samefile(source):
-        raise OptionError(f"-o {output} is the input itself; name another file")
 
 
 def _observer(progress: Progress) -> Any:
