@@ -26,7 +26,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -459,9 +459,10 @@ def load_state(path: Path | str) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise WeightsError(f"no such weights file: {path}") from None
-    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise WeightsError(f"{path} is neither .safetensors nor a .pth with a plain state dict: {reason}") from None
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error.strerror or error}") from None
+    except (RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError):
+        raise WeightsError(f"{path} is neither .safetensors nor a .pth with a plain state dict, or damaged") from None
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise WeightsError(f"{path} holds no state dict of named tensors; save model.state_dict() and use that")
     return dict(state)
@@ -481,8 +482,9 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = RVM(variant, refiner).eval().requires_grad_(requires_grad=False)
-    if state is None:
-        return model
+        if state is None:
+            _keep_signal_alive(model)
+            return model
     unused = ("project_seg.",) if refiner == "deep" else ("project_seg.", "refiner.")
     given = {name: value for name, value in state.items() if not name.startswith(unused)}
     own = model.state_dict()
@@ -498,9 +500,19 @@ def build(
     }  # fmt: skip
     if any(faults.values()):
         said = "; ".join(f"{len(names)} {what}: {_abridged(names)}" for what, names in faults.items() if names)
+        if all(name.startswith("refiner.") for names in faults.values() for name in names):
+            said += "; the fast refiner needs no weights"
         raise WeightsError(f"the weights do not fit RVM {variant} with refiner {refiner or 'none'}: {said}")
     model.load_state_dict(given, strict=False)
     return model
+
+
+def _keep_signal_alive(model: RVM) -> None:
+    """Random weights under which every layer matters: torch's own let it fade, and alpha is then 0 everywhere."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module is not getattr(model.refiner, "box_filter", None):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+    model.project_mat.conv.load_state_dict({"bias": torch.full((4,), 0.5)}, strict=False)
 
 
 def _abridged(names: Sequence[str], most: int = 4) -> str:
@@ -608,9 +620,14 @@ def _size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m models.rvm",
         description="Export Robust Video Matting (weights: GPL-3.0, by its authors) to ONNX.",
         epilog="example: python -m models.rvm --weights rvm_mobilenetv3.pth --size 512x288 -o rvm.onnx",
