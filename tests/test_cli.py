@@ -518,6 +518,19 @@ def test_progress_of_a_share_and_without_an_end() -> None:
     assert stream.getvalue().split("\r")[-1].rstrip() == "camera: 25 MB, 2.0 MB/s"
 
 
+def test_progress_fits_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    stream, clock = Terminal(), Clock()
+    progress = Progress(stream=stream, clock=clock)
+    progress("a/long/path/to/a/model.onnx on a clip", 0, 100)
+    clock.now += 10
+    progress("a/long/path/to/a/model.onnx on a clip", 50, 100)
+    last = stream.getvalue().split("\r")[-1]
+    assert len(last) == 39
+    assert last.startswith("...")
+    assert last.endswith("5.0 frames/s, 0:10 left")
+
+
 def test_quiet_progress() -> None:
     stream = Terminal()
     with Progress(stream=stream, quiet=True) as progress:

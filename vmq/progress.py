@@ -5,6 +5,7 @@ On a terminal the line is redrawn in place and wiped at the end; into a file or 
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -68,11 +69,14 @@ class Progress:
         return ", ".join(parts)
 
     def _draw(self, line: str) -> None:
-        end = "" if self._live else "\n"
-        start = "\r" if self._live else ""
-        self._stream.write(f"{start}{line:<{self._width}}{end}")
+        if self._live:
+            most = shutil.get_terminal_size().columns - 1
+            line = line if len(line) <= most else f"...{line[len(line) - most + 3:]}"  # numbers stand at its end
+            self._stream.write(f"\r{line:<{self._width}}")
+            self._width = len(line)
+        else:
+            self._stream.write(f"{line}\n")
         self._stream.flush()
-        self._width = len(line) if self._live else 0
 
     def wipe(self) -> None:
         """Take the line off the terminal, to print something else."""
