@@ -165,8 +165,6 @@ def _acyclic(every: DataFlow, masks: set[int]) -> list[int]:
         for group in groups:
             grown = _reach(every.descendants, group, groups) & _reach(every.ancestors, group, groups)
             if grown != group:
-                for other in groups:
-                    grown |= other if other & grown else 0
                 groups = sorted({grown, *(g for g in groups if not g & grown)})
                 break
         else:

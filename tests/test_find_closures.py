@@ -337,6 +337,64 @@ def test_activations_close_a_block_and_resizing_opens_one() -> None:
         ["Conv", "BatchNormalization", "HardSigmoid", "Mul"], ["AveragePool", "Neg", "Conv", "Relu"]]
 
 
+@pytest.mark.parametrize(("between", "strides", "tapped", "blocks"), [
+    ("Relu", 1, False, [2]),
+    ("Relu", 2, False, [1, 1]),
+    ("AveragePool <kernel_shape = [1,1]>", 1, False, [1, 1]),
+    ("Relu", 1, True, [1, 2]),
+])
+def test_a_double_conv_is_one_block(between: str, strides: int, tapped: bool, blocks: list[int]) -> None:
+    more = "z = Conv <pads = [1,1,1,1]> (y, w1) t = Conv <pads = [1,1,1,1]> (a, w1)" if tapped else "z = Relu (y)"
+    graph = tiny.read(f"""(float[1,3,8,8] src, float[4,3,3,3] w0, float[4,4,3,3] w1)
+            => (float[1,4,A,B] z{', float[1,4,8,8] t' if tapped else ''}) {{
+        a = Conv <pads = [1,1,1,1]> (src, w0)
+        b = {between} (a)
+        y = Conv <pads = [1,1,1,1], strides = [{strides},{strides}]> (b, w1)
+        {more}
+    }}""")
+    closures = found(graph)
+    holds(graph, closures)
+    assert [weighted(graph, b) for b in closures.blocks][:len(blocks)] == blocks
+
+
+def test_a_conv_that_feeds_others_too_stays_out_of_the_recurrent_block() -> None:
+    text = """(float[1,3,8,8] src, float[1,4,8,8] r, float[4,3,3,3] w0, float[4,8,3,3] w1, float[1,4,1,1] w2)
+            => (float[1,4,8,8] s, float[1,1,8,8] y) {
+        x = Conv <pads = [1,1,1,1]> (src, w0)
+        both = Concat <axis = 1> (x, r)
+        new = Conv <pads = [1,1,1,1]> (both, w1)
+        s = Add (new, r)
+        y = Conv (%s, w2)
+    }"""
+    for read, alone in (("s", True), ("x", False)):
+        graph = tiny.read(text % read)
+        closures = found(graph)
+        holds(graph, closures)
+        assert len(convs(graph, closures.recurrent[0])) == 1 + alone
+        assert [weighted(graph, b) for b in closures.blocks] == ([2, 1] if alone else [1, 1, 1])
+
+
+def test_a_result_of_the_model_is_no_feeder() -> None:
+    graph = tiny.read(tiny.GRU)
+    graph.outputs.append(graph.value("x"))
+    assert len(convs(graph, found(graph).recurrent[0])) == 2
+
+
+def test_constants_in_the_making_cut_nothing() -> None:
+    graph = tiny.read("""(float[1,3,8,8] src, float[4,3,1,1] w0, float[1,4,1,1] w2, float[2,4,1,1] w1)
+            => (float[1,2,8,8] y) {
+        bias = Identity (w2)
+        a = Conv (src, w0)
+        b = Add (a, bias)
+        c = Relu (b)
+        y = Conv (c, w1)
+    }""")
+    closures = found(graph)
+    holds(graph, closures)
+    assert [ops(graph, b.nodes) for b in closures.blocks] == [
+        Counter({"Identity": 1, "Conv": 1, "Add": 1, "Relu": 1}), Counter({"Conv": 1})]
+
+
 def test_a_network_without_weights_is_one_block() -> None:
     graph = tiny.read("(float[1,8] x) => (float[1,8] y) { a = Relu (x) y = Neg (a) }")
     assert [len(b.nodes) for b in found(graph).blocks] == [2]

@@ -155,6 +155,17 @@ def test_frame_and_state_of_one_shape_are_told_apart_by_depth() -> None:
     assert paired(graph) == {"h": "y"}
 
 
+def test_of_equal_candidates_the_image_is_the_frame() -> None:
+    graph = tiny.read("""(float[1,3,8,8] src, float[1,C,8,8] h, float[3,3,3,3] w0, float[3,3,3,3] w1)
+            => (float[1,D,8,8] y) {
+        wx = Conv <pads = [1,1,1,1]> (src, w0)
+        wh = Conv <pads = [1,1,1,1]> (h, w1)
+        sum = Add (wx, wh)
+        y = Tanh (sum)
+    }""")
+    assert paired(graph) == {"h": "y"}
+
+
 def test_a_tie_goes_to_the_choice_that_leaves_the_other_input_an_output() -> None:
     # a could be p or q, both one node away; b can only be q.
     graph = tiny.read("""(float[1,3] x, float[1,2] a, float[1,2] b, float[3,2] w0)
