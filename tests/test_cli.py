@@ -336,6 +336,7 @@ def test_a_dataset_without_alpha(here: Path, capsys: pytest.CaptureFixture[str])
     (["inspect", "set"], "set is not a dump"),
     (["inspect", "gone"], "gone is not a dump"),
     (["eval", "m.onnx", "gone"], "gone does not exist"),
+    (["eval", "m.onnx", "set", "--downsample-ratio", "0.5"], "no model has an input for a downsample ratio"),
     (["eval", "m.onnx"], "DATASET"),
     (["fetch", "modnet"], "invalid choice: 'modnet'"),
     (["fetch", "rvm", "-o", "no/such/rvm.onnx"], "no folder no/such"),

@@ -246,7 +246,8 @@ def _parser() -> argparse.ArgumentParser:
     add("-o", "--output", type=Path, required=True, metavar="OUT", help="an .mp4 (without sound), or a folder for PNGs")
     what = run.add_mutually_exclusive_group()
     what.add_argument("--alpha", action="store_true", help="write the alpha, white on black")
-    what.add_argument("--foreground", action="store_true", help="write the foreground's colours")
+    what.add_argument("--foreground", action="store_true",
+                      help="write the foreground's colours, which mean nothing where the alpha is 0")
     what.add_argument("--background", default="green", metavar="COLOR|IMAGE|VIDEO",
                       help="put the person over this: green (default), blue, red, black, gray, white, '#rrggbb', or a "
                            "picture or video, which fills the frame")

@@ -61,7 +61,7 @@ def evaluate(models: Sequence[str], clips: Sequence[Clip], *, reference: str | N
     Raises:
         ModelError: a model cannot be read or run.
         MediaError: a clip cannot be read, or has another size than a model takes.
-        OptionError: there is neither alpha nor a reference, so nothing to compare with.
+        OptionError: there is neither alpha nor a reference, so nothing to compare with; or a ratio that no model takes.
     """
     if reference is None and not any(clip.has_alpha for clip in clips):
         raise OptionError(f"{clips[0].name} has no alpha to score against: give a set with com/ and pha/, "
@@ -69,6 +69,8 @@ def evaluate(models: Sequence[str], clips: Sequence[Clip], *, reference: str | N
     sessions = {path: Session(path, threads=threads) for path in dict.fromkeys(models)}
     teacher = None if reference is None else Session(reference, threads=threads)
     everyone = [*sessions.values()] + ([teacher] if teacher else [])
+    if downsample_ratio is not None and not any(session.takes_ratio for session in everyone):
+        raise OptionError("no model has an input for a downsample ratio; leave --downsample-ratio out")
     for clip in clips:
         for session in everyone:
             _check_size(session, clip)
