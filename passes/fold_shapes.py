@@ -6,15 +6,17 @@ cuts nothing and an Expand that widens nothing are no-ops. None of this changes 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vmq.graph import Constant, Graph
 from vmq.pipeline import Context, Pass, PassResult
 
 # Operators that are the identity when their result has their first input's shape.
-SAME_SHAPE = frozenset({"Expand", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Tile", "Pad", "Resize"})
+SAME_SHAPE = frozenset({"Expand", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Tile"})
 
 
 class FoldShapes(Pass):
@@ -37,7 +39,7 @@ class FoldShapes(Pass):
 def _drop_noops(graph: Graph) -> int:
     dropped = 0
     for node in list(graph.nodes):
-        if _is_noop(node) and not _between_input_and_output(graph, node):
+        if _is_noop(graph, node) and not _between_input_and_output(graph, node):
             graph.replace_uses(node.outputs[0], node.inputs[0])
             graph.remove(node)
             dropped += 1
@@ -53,23 +55,37 @@ def _between_input_and_output(graph: Graph, node: Any) -> bool:
     return isinstance(source, Constant) or not source.inputs or any(o is source for o in graph.outputs)
 
 
-def _is_noop(node: Any) -> bool:
+def _is_noop(graph: Graph, node: Any) -> bool:
     source, result = (node.inputs[0] if node.inputs else None), node.outputs[0]
     if source is None or not source.name or isinstance(source, Constant):
         return False
-    if node.op in ("Identity", "Dropout"):
-        return all(not v.outputs for v in node.outputs[1:])
+    if node.op == "Identity":
+        return True
+    if node.op == "Dropout":
+        mask_read = any(v.outputs or any(o is v for o in graph.outputs) for v in node.outputs[1:])
+        return not mask_read and _constant(node, 2, lambda training: ~training.astype(bool))
     if node.op == "Concat":
         return len(node.inputs) == 1
     if node.op == "Cast":
         return source.dtype is not None and source.dtype == result.dtype
     if node.op == "Transpose":
         return list(node.attrs.get("perm", [])) == list(range(len(source.shape or [None])))
-    same = source.shape is not None and list(source.shape) == list(result.shape or [None]) \
-        and all(isinstance(d, int) for d in source.shape)
-    if node.op == "Slice":
-        steps = node.inputs[4] if len(node.inputs) > 4 and node.inputs[4].name else None
-        return same and (steps is None or (isinstance(steps, Constant) and bool((np.asarray(steps.values) > 0).all())))
-    if node.op == "Resize" and node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize":
+    if source.shape is None or not all(isinstance(d, int) for d in source.shape) \
+            or list(source.shape) != list(result.shape or [None]):
         return False
-    return node.op in SAME_SHAPE and same
+    if node.op == "Slice":
+        return _constant(node, 4, lambda steps: steps > 0)
+    if node.op == "Pad":                    # of one shape is also what pads one end and cuts the other
+        return _constant(node, 1, lambda pads: pads == 0)
+    if node.op == "Resize":
+        crops = node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize"
+        return not crops and _constant(node, 2, lambda scales: scales == 1)
+    return node.op in SAME_SHAPE
+
+
+def _constant(node: Any, index: int, holds: Callable[[NDArray[Any]], NDArray[np.bool_]]) -> bool:
+    """Whether input `index` is left out, or a constant whose elements all satisfy `holds`."""
+    if len(node.inputs) <= index or not node.inputs[index].name:
+        return True
+    value = node.inputs[index]
+    return isinstance(value, Constant) and bool(holds(np.asarray(value.values)).all())
