@@ -40,6 +40,7 @@ class BindShapes(Pass):
         for pair in session.state_pairs:
             wanted[pair.input] = shapes[pair.input]
         if _static(graph) and not ratio_inputs:
+            graph.infer_shapes()
             return PassResult(report={"size": list(size)})
 
         # Twice: the second frame runs on the shapes that the first one left.
@@ -84,8 +85,8 @@ def frame_size(frame: Any, asked: tuple[int, int] | None) -> tuple[int, int]:
     fixed = [d if isinstance(d, int) else None for d in (frame.shape or [None] * 4)[2:]]
     size = asked or tuple(d or default for d, default in zip(fixed, DEFAULT_SIZE, strict=True))
     if any(d is not None and d != s for d, s in zip(fixed, size, strict=True)):
-        raise OptionError(f"--size {size[1]}x{size[0]} was asked for, but the model is fixed at {fixed[1]}x{fixed[0]}; "
-                          "leave --size out, or export the model for that size")
+        raise OptionError(f"--size {size[1]}x{size[0]} was asked for, but the model is fixed at {fixed[1] or 'any'}x"
+                          f"{fixed[0] or 'any'}; leave --size out, or export the model for that size")
     return size[0], size[1]
 
 

@@ -5,6 +5,7 @@ BatchNormalization after Conv, ConvTranspose or Gemm, with k = gamma / sqrt(vari
     W' = k * W        b' = k * (b - mean) + beta
 
 and division by a constant before a convolution (input normalisation by a standard deviation): W' = W / std.
+A factor a channel needs the shapes of values to be known, as bind_shapes leaves them.
 The subtraction of a mean stays: zero padding stands for the value 0, not for the mean.
 """
 
@@ -47,17 +48,20 @@ def _fold_norm(graph: Graph, norm: Any) -> str:
         return f"it does not follow a convolution but {layer.op if layer else 'an input'}; left as it is"
     if len(value.outputs) != 1 or any(o is value for o in graph.outputs):
         return f"the result of {layer.name} is read elsewhere too; left as it is"
-    if not all(isinstance(v, Constant) for v in (*layer.inputs[1:], *norm.inputs[1:])):
+    if not all(isinstance(v, Constant) for v in (*layer.inputs[1:], *norm.inputs[1:]) if v.name):
         return "weight or statistics are computed, not constant; left as it is"
-    if len(norm.outputs) > 1 and any(v.outputs for v in norm.outputs[1:]):
-        return "its running statistics are read (a training export); left as it is"
+    if norm.attrs.get("training_mode", 0):
+        return "it normalises by the statistics of the batch (a training export); left as it is"
     gamma, beta, mean, variance = (np.asarray(v.values, np.float64) for v in norm.inputs[1:5])
     factor = gamma / np.sqrt(variance + norm.attrs.get("epsilon", 1e-5))
     weight = np.asarray(layer.inputs[1].values, np.float64)
-    bias = np.asarray(layer.inputs[2].values, np.float64) if len(layer.inputs) > 2 else np.zeros(len(mean))
+    biased = len(layer.inputs) > 2 and layer.inputs[2].name
+    bias = np.asarray(layer.inputs[2].values, np.float64) if biased else np.zeros(1)
     if layer.op == "Gemm":
         if layer.attrs.get("beta", 1.0) != 1.0 or layer.attrs.get("alpha", 1.0) != 1.0:
             return f"{layer.name} has factors of its own; left as it is"
+        if any(d != 1 for d in bias.shape[:-1]):
+            return f"the bias of {layer.name} differs from row to row; left as it is"
         scaled = weight * (factor[:, None] if layer.attrs.get("transB", 0) else factor[None, :])
     elif layer.op == "ConvTranspose":
         groups = layer.attrs.get("group", 1)
@@ -65,7 +69,7 @@ def _fold_norm(graph: Graph, norm: Any) -> str:
                   * factor.reshape(groups, 1, -1, *[1] * (weight.ndim - 2))).reshape(weight.shape)
     else:
         scaled = weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
-    _set_weights(graph, layer, scaled, factor * (np.broadcast_to(bias, mean.shape) - mean) + beta)
+    _set_weights(graph, layer, scaled, factor * (bias.reshape(-1) - mean) + beta)
     graph.replace_uses(norm.outputs[0], value)
     graph.remove(norm)
     return ""
@@ -86,11 +90,12 @@ def _fold_scaling(graph: Graph, node: Any) -> bool:
             return False
     rank = np.asarray(readers[0].inputs[1].values).ndim
     factor = np.asarray(other.values, np.float64)
-    if factor.size != 1 and (factor.ndim not in (rank - 1, rank) or factor.size != factor.shape[-rank + 1]):
+    if factor.size != 1 and (factor.ndim not in (rank - 1, rank) or factor.size != factor.shape[-rank + 1]
+                             or (value.shape or [])[1:2] != [factor.size]):
         return False                     # anything but one number a channel, [C,1,1] or [1,C,1,1]
-    factor = 1.0 / factor.reshape(-1) if node.op == "Div" else factor.reshape(-1)
-    if not np.isfinite(factor).all():
+    if node.op == "Div" and not factor.all():
         return False
+    factor = 1.0 / factor.reshape(-1) if node.op == "Div" else factor.reshape(-1)
     for reader in readers:
         weight = np.asarray(reader.inputs[1].values, np.float64)     # [out, in / groups, ...]
         groups, per_group = reader.attrs.get("group", 1), weight.shape[1]
@@ -107,4 +112,4 @@ def _set_weights(graph: Graph, layer: Any, weight: NDArray[np.float64], bias: ND
     layer.inputs[1] = graph.constant(f"{layer.inputs[1].name}_folded", weight.astype(np.float32))
     if bias is not None:
         fresh = graph.constant(f"{layer.name}_bias_folded", bias.astype(np.float32))
-        layer.inputs[2:] = [fresh]
+        layer.inputs = [*layer.inputs[:2], fresh]
