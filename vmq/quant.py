@@ -28,7 +28,8 @@ def quantize(x: NDArray[Any], scale: NDArray[Any] | float, zero_point: NDArray[A
              ) -> NDArray[np.int32]:
     """QuantizeLinear on the grid of `spec`; scale and zero point broadcast along `spec.axis`. Returns int32."""
     s, z = _along(scale, x.ndim, spec.axis), _along(zero_point, x.ndim, spec.axis)
-    steps = np.rint(x.astype(np.float32) / s.astype(np.float32)) + z.astype(np.float32)
+    with np.errstate(over="ignore"):          # infinitely many steps saturate like many
+        steps = np.rint(x.astype(np.float32) / s.astype(np.float32)) + z.astype(np.float32)
     q: NDArray[np.int32] = np.clip(steps, spec.qmin, spec.qmax).astype(np.int32)
     return q
 
@@ -68,11 +69,12 @@ def search_range(samples: NDArray[Any], low: float, high: float, spec: QuantSpec
     if high - low < SMALLEST_SCALE:
         return scale_of_range(0.0, 1.0, spec)
     values, counts = _histogram(samples, low, high)
+    unit = np.float32(max(high, -low))        # errors are measured in it: their powers neither vanish nor overflow
 
     def best(lows: NDArray[np.float64], highs: NDArray[np.float64]) -> tuple[float, float]:
         scales, zeros = scale_of_range(lows, highs, spec)
         q = np.clip(np.rint(values / scales[:, None]) + zeros[:, None], spec.qmin, spec.qmax)
-        error = np.abs((q - zeros[:, None]).astype(np.float32) * scales[:, None] - values)
+        error = np.abs((q - zeros[:, None]) * (scales[:, None] / unit) - values / unit)
         index = int(np.argmin(np.power(error, np.float32(norm)).astype(np.float64) @ counts))
         return float(lows[index]), float(highs[index])
 
@@ -102,7 +104,8 @@ def search_weight_scale(weight: NDArray[Any], spec: QuantSpec, *, norm: float = 
     for shrink in np.linspace(1.0, 0.1, steps):
         tried = np.maximum(full * np.float32(shrink), np.float32(SMALLEST_SCALE))
         q = np.clip(np.rint(rows / tried[:, None]), spec.qmin, spec.qmax)
-        error = np.power(np.abs(q * tried[:, None] - rows), np.float32(norm)).sum(axis=1, dtype=np.float64)
+        steps = np.abs(q - rows / tried[:, None]) * np.float32(shrink)       # the error in units of `full`
+        error = np.power(steps, np.float32(norm)).sum(axis=1, dtype=np.float64)
         better = error < least
         scale[better], least[better] = tried[better], error[better]
     scale[largest == 0.0] = 1.0
@@ -124,7 +127,8 @@ def _histogram(samples: NDArray[Any], low: float, high: float) -> tuple[Floats, 
     flat = np.asarray(samples, np.float32).ravel()
     values, counts = np.unique(flat, return_counts=True)
     if len(values) > BINS:
-        bins = np.clip(((values - low) * (BINS / (high - low))).astype(np.int64), 0, BINS - 1)
+        places = (values.astype(np.float64) - low) * (BINS / (high - low))
+        bins = np.clip(places.astype(np.int64), 0, BINS - 1)
         weights = np.bincount(bins, counts, BINS)
         sums = np.bincount(bins, counts * values.astype(np.float64), BINS)
         filled = weights > 0
