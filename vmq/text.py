@@ -23,7 +23,8 @@ def format_graph(graph: Graph) -> str:
     lines = [f"opset {graph.opset}"]
     lines += [f"in  {v.name}: {_type(v)}" for v in graph.inputs]
     lines += [_node(n) for n in graph.nodes]
-    lines += [f"out {v.name}: {_type(v)}" for v in graph.outputs]
+    lines += [f"out {v.name}: {_type(v)}" + (f" = {_operand(v)}" if isinstance(v, Constant) else "")
+              for v in graph.outputs]
     return "\n".join(lines) + "\n"
 
 
@@ -47,7 +48,8 @@ def _operand(value: Any) -> str:
     kind = f"{array.dtype.name}[{','.join(map(str, array.shape))}]"
     if array.size <= SMALL:
         wide = array.astype(np.int64) if array.dtype.name in ("int4", "uint4") else array
-        return f"{kind}{{{', '.join(f'{x:.9g}' if wide.dtype.kind == 'f' else str(x) for x in wide.ravel())}}}"
+        digits = 17 if wide.dtype == np.float64 else 9       # as many as tell every two values apart
+        return f"{kind}{{{', '.join(f'{x:.{digits}g}' if wide.dtype.kind == 'f' else str(x) for x in wide.ravel())}}}"
     return f"{kind}#{hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:12]}"
 
 
