@@ -190,11 +190,11 @@ class Recipe:
         path = shipped.get(name, Path(name))
         try:
             table = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise OptionError(f"recipe {name!r} is neither one of {', '.join(shipped)} nor a readable TOML file") \
-                from error
         except tomllib.TOMLDecodeError as error:
             raise OptionError(f"recipe {path} is not valid TOML: {error}") from error
+        except (OSError, ValueError) as error:
+            raise OptionError(f"recipe {name!r} is neither one of {', '.join(shipped)} nor a readable TOML file") \
+                from error
         kinds = {"range_norm": float, "range_steps": int, "samples": int}
         known = {f.name for f in fields(cls)} - {"name"}
         for key, value in table.items():
