@@ -113,7 +113,7 @@ def run_passes(graph: Graph, passes: Sequence[Pass], context: Context, observers
         try:
             step.requires(graph, context)
             result = step.run(graph, context)
-            graph.sort()
+            _sort(graph)
             step.ensures(graph, context)
             _check(step, graph, result, before, signature)
         except BaseException as error:
@@ -137,6 +137,13 @@ def _failure(step: Pass, earlier: Sequence[Pass], error: Exception) -> PassError
     kind = "" if isinstance(error, PassError) else f"{type(error).__name__}: "
     after = f" (after {', '.join(p.name for p in earlier)})" if earlier else ""
     return PassError(f"pass {step.name} failed{after}: {kind}{said}", pass_name=step.name)
+
+
+def _sort(graph: Graph) -> None:
+    try:
+        graph.sort()
+    except ModelError as error:      # not the input's fault: that had no cycle
+        raise PassError(str(error)) from error
 
 
 def _check(step: Pass, graph: Graph, result: PassResult, before: bytes,
