@@ -4,7 +4,7 @@
     DIR/NN_pass.onnx, .txt, .diff   the graph after pass NN, as text, and what changed in the text
     DIR/NN_pass.json                the pass's report: changes, notes, seconds
     DIR/probe.npz                   a few calibration frames (uint8 [T,3,H,W]), to score every dump with
-    DIR/pipeline.json               options, versions, passes, timings
+    DIR/pipeline.json               options, versions, passes, timings, and the files above
     DIR/NN_pass.failed.onnx, .json  on failure: the graph the pass was given, the error, how to run it again
 
 An analysis changes nothing, so it leaves only its .json; so does a transformation that found nothing to do.
@@ -12,11 +12,12 @@ An analysis changes nothing, so it leaves only its .json; so does a transformati
 
 from __future__ import annotations
 
+import io
 import json
 import platform
 import traceback
 from collections.abc import Sequence
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,16 @@ class Dump(Observer):
 
     def __init__(self, folder: Path, command: str = "") -> None:
         self.folder, self.command = folder, command
+        self._files: list[str] = []
         try:
-            if folder.exists() and any(folder.iterdir()) and not (folder / "pipeline.json").is_file():
-                raise OutputError(f"{folder} holds files that are no dump; give --dump a new or empty folder")
             folder.mkdir(parents=True, exist_ok=True)
-            for old in chain(folder.glob("[0-9][0-9]_*.*"), folder.glob("probe.npz")):
-                old.unlink()
+            earlier = _files_of(folder)
+            if earlier is None and any(folder.iterdir()):
+                raise OutputError(f"{folder} holds files that are no dump; give --dump a new or empty folder")
+            for name in earlier or []:
+                (folder / name).unlink(missing_ok=True)
+        except OutputError:
+            raise
         except OSError as error:
             raise OutputError(f"cannot write the dump to {folder}: {error.strerror}; give --dump another folder") \
                 from error
@@ -63,9 +68,8 @@ class Dump(Observer):
             "command": self.command, "options": context.options.describe(), "versions": versions(),
             "clips": [{"name": c.name, "frames": len(c)} for c in context.clips], "passes": [], "finished": False}
         self._text = format_graph(graph)
-        write_atomic(self.folder / "00_input.onnx", graph.to_bytes())
-        write_atomic(self.folder / "00_input.txt", self._text.encode())
-        self._write_pipeline()
+        self._write("00_input.onnx", graph.to_bytes())
+        self._write("00_input.txt", self._text.encode())
 
     def after(self, index: int, step: Pass, graph: Graph, result: PassResult, seconds: float) -> None:
         stem = f"{index:02}_{step.name}"
@@ -74,16 +78,16 @@ class Dump(Observer):
         self._write_json(f"{stem}.json", entry | {"notes": list(result.notes), "report": result.report})
         if result.modified:
             text = format_graph(graph)
-            write_atomic(self.folder / f"{stem}.onnx", graph.to_bytes())
-            write_atomic(self.folder / f"{stem}.txt", text.encode())
-            write_atomic(self.folder / f"{stem}.diff", diff_graphs(self._text, text).encode())
+            self._write(f"{stem}.onnx", graph.to_bytes())
+            self._write(f"{stem}.txt", text.encode())
+            self._write(f"{stem}.diff", diff_graphs(self._text, text).encode())
             self._text = text
         self._pipeline["passes"].append(entry)
         self._write_pipeline()
 
     def failed(self, index: int, step: Pass, before: bytes, error: BaseException) -> None:
         stem = f"{index:02}_{step.name}.failed"
-        write_atomic(self.folder / f"{stem}.onnx", before)
+        self._write(f"{stem}.onnx", before)
         self._write_json(f"{stem}.json", {
             "pass": step.name, "error": f"{type(error).__name__}: {error}",
             "traceback": traceback.format_exception(error), "reproduce": self.command,
@@ -94,15 +98,33 @@ class Dump(Observer):
         clips = [c for c in self._context.clips if len(c)]
         if clips:
             frames = np.stack(list(islice(clips[0].frames(), PROBE_FRAMES)))
-            np.savez_compressed(self.folder / "probe.npz", frames=frames)
+            probe = io.BytesIO()
+            np.savez_compressed(probe, frames=frames)
+            self._write("probe.npz", probe.getvalue())
         self._pipeline["finished"] = True
         self._write_pipeline()
 
     def _write_pipeline(self) -> None:
-        self._write_json("pipeline.json", self._pipeline)
+        content = self._pipeline | {"files": self._files}
+        write_atomic(self.folder / "pipeline.json", (json.dumps(content, indent=1) + "\n").encode())
 
     def _write_json(self, name: str, content: Any) -> None:
-        write_atomic(self.folder / name, (json.dumps(content, indent=1) + "\n").encode())
+        self._write(name, (json.dumps(content, indent=1) + "\n").encode())
+
+    def _write(self, name: str, content: bytes) -> None:
+        """Write a file of the dump, after noting in pipeline.json that it belongs to it."""
+        self._files.append(name)
+        self._write_pipeline()
+        write_atomic(self.folder / name, content)
+
+
+def _files_of(folder: Path) -> list[str] | None:
+    """The files that an earlier dump wrote into a folder; None when there was none."""
+    try:
+        files = json.loads((folder / "pipeline.json").read_bytes())["files"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    return [f for f in files if isinstance(f, str) and Path(f).name == f] if isinstance(files, list) else None
 
 
 def versions() -> dict[str, str]:
