@@ -59,7 +59,7 @@ def kinds_of(graph: Graph, target: Target, state_outputs: Collection[str], recur
         weight = weight_of(node, target)
         if node.op == "Conv" and node.attrs.get("group", 1) == weight.shape[0] > 1:
             kind.add("depthwise")
-        if node.op == "Conv" and all(d == 1 for d in (node.inputs[0].shape or [None])[2:]):
+        if node.op == "Conv" and node.inputs[0].shape and all(d == 1 for d in node.inputs[0].shape[2:]):
             kind.add("pooled")
         if node.name in recurrent:
             kind.add("recurrent")
