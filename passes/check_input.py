@@ -15,6 +15,7 @@ from vmq.pipeline import Context, Pass, PassResult
 
 QUANTIZED = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger",
                        "QLinearConv", "QLinearMatMul"})
+OTHER_FLOATS = frozenset({"float16", "bfloat16", "float64"})
 
 
 class CheckInput(Pass):
@@ -31,8 +32,8 @@ class CheckInput(Pass):
         for constant in graph.constants():
             _check_constant(constant)
         for value in (*graph.inputs, *graph.outputs):
-            if value.dtype is not None and np.dtype(value.dtype) == np.float16:
-                raise ModelError(f"{value.name} is float16; export the model in float32")
+            if value.dtype is not None and np.dtype(value.dtype).name in OTHER_FLOATS:
+                raise ModelError(f"{value.name} is {np.dtype(value.dtype).name}; export the model in float32")
         ops: dict[str, int] = {}
         for node in graph.nodes:
             ops[node.op] = ops.get(node.op, 0) + 1
