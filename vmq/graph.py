@@ -396,6 +396,12 @@ def _refuse_unsupported(model: onnx.ModelProto, label: str) -> None:
     texts: list[Any] = [model.graph.name, *(t for p in model.metadata_props for t in (p.key, p.value))]
     if any(isinstance(t, bytes) for t in texts):     # protobuf hands out what is not UTF-8 as bytes
         raise ModelError(f"{label} is damaged: names or metadata in it are not UTF-8")
+    for value in (*model.graph.input, *model.graph.output):
+        if not value.type.HasField("tensor_type"):
+            raise ModelError(f"{label}: {value.name} is no tensor; export the model with tensors only")
+        kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
+        if kind.kind == "V":          # numpy does not know it by itself: bfloat16, float8, 4 bits
+            raise ModelError(f"{label}: {value.name} is {kind.name}; export the model in float32")
     for tensor in model.graph.initializer:
         if onnx.external_data_helper.uses_external_data(tensor):
             raise ModelError(f"{label}: the data of {tensor.name!r} are in another file; give the model's path")
