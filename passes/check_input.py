@@ -15,7 +15,7 @@ from vmq.pipeline import Context, Pass, PassResult
 
 QUANTIZED = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger",
                        "QLinearConv", "QLinearMatMul"})
-OTHER_FLOATS = frozenset({"float16", "bfloat16", "float64"})
+OTHER_FLOATS = frozenset({"float16", "float64"})
 
 
 class CheckInput(Pass):

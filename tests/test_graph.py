@@ -276,6 +276,14 @@ def test_no_such_operator_and_broken_wiring() -> None:
                                              ).SerializeToString())
 
 
+def test_types_that_numpy_does_not_know() -> None:
+    for kind in ("bfloat16", "uint4"):
+        message = refused(parse(f"({kind}[4] x) => ({kind}[4] y) {{ y = Identity (x) }}"))
+        assert f"x is {kind}; export the model in float32" in message
+    message = refused(parse("(float[4] x) => (seq(float[4]) y) { y = SequenceConstruct (x) }"))
+    assert "y is no tensor" in message
+
+
 def test_sparse_weights() -> None:
     model = parse("(float[4] x, float[4] w) => (float[4] y) { y = Add (x, w) }")
     del model.graph.input[1]
