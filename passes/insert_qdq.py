@@ -173,8 +173,8 @@ class _Placement:
         if tied is not None and tied.inputs[2].dtype == spec.dtype:
             scale, zero = tied.inputs[1:3]
         else:
-            scale = self.graph.constant(f"{value.name}_scale", np.ones((), np.float32))
-            zero = self.graph.constant(f"{value.name}_zero", np.zeros((), spec.dtype))
+            scale = self.graph.constant("scale", np.ones((), np.float32))
+            zero = self.graph.constant("zero", np.zeros((), spec.dtype))
         self.activations += 1
         return self._q_dq(value, scale, zero, spec, {})
 
@@ -187,8 +187,8 @@ class _Placement:
         if key not in self.constants:
             spec = QuantSpec(bits, signed=True, axis=axis)
             channels = weight.shape[axis]
-            scale = self.graph.constant(f"{weight.name}_scale", np.ones(channels, np.float32))
-            zero = self.graph.constant(f"{weight.name}_zero", np.zeros(channels, spec.dtype))
+            scale = self.graph.constant("scale", np.ones(channels, np.float32))
+            zero = self.graph.constant("zero", np.zeros(channels, spec.dtype))
             self.constants[key] = self._q_dq(weight, scale, zero, spec, {"axis": axis})
             self.weights += 1
         node.inputs[self.target.compute[node.op].weight] = self.constants[key]

@@ -39,6 +39,7 @@ class Lower(Pass):
     def run(self, graph: Graph, context: Context) -> PassResult:
         context.found["lower"] = graph.copy()       # what the emitted model is verified against
         container, weights, activations = context.options.container, 0, 0
+        limits = [graph.constant("limit", np.asarray(n, np.uint8)) for n in (0, 15)]
         for node in list(graph.nodes):
             if node.op != "QuantizeLinear":
                 continue
@@ -47,7 +48,7 @@ class Lower(Pass):
                 _store(graph, node, spec, container)
                 weights += 1
             elif spec.bits == 4:
-                _saturate(graph, node, spec)
+                _saturate(graph, node, limits)
                 activations += 1
         graph.cleanup()
         graph.sort()
@@ -68,7 +69,7 @@ def _store(graph: Graph, node: Any, spec: QuantSpec, container: str) -> None:
     else:
         wide = np.int8 if spec.signed else np.uint8
         stored = graph.constant(result.name, integers.astype(spec.dtype if container == "int4cast" else wide))
-        zeros = graph.constant(f"{zero.name}_wide", np.asarray(zero.values).astype(wide))
+        zeros = graph.constant("zero", np.asarray(zero.values).astype(wide))
         for reader in readers:
             reader.inputs[2] = zeros
         if container == "int4cast":
@@ -79,15 +80,13 @@ def _store(graph: Graph, node: Any, spec: QuantSpec, container: str) -> None:
     graph.remove(node)
 
 
-def _saturate(graph: Graph, node: Any, spec: QuantSpec) -> None:
+def _saturate(graph: Graph, node: Any, limits: list[Any]) -> None:
     """Move a 4-bit activation quantizer onto uint8, clipped to the 4-bit grid."""
     result, readers = node.outputs[0], list(node.outputs[0].outputs)
     wide = _wide_zero(graph, node.inputs[2])
     node.inputs[2] = wide
     result.dtype = np.dtype(np.uint8)
-    clipped = graph.add("Clip", [result, graph.constant(f"{result.name}_min", np.asarray(spec.qmin, np.uint8)),
-                                 graph.constant(f"{result.name}_max", np.asarray(spec.qmax, np.uint8))],
-                        f"{result.name}_clip", {}, result.shape, np.uint8)
+    clipped = graph.add("Clip", [result, *limits], f"{result.name}_clip", {}, result.shape, np.uint8)
     for reader in readers:
         reader.inputs[0] = clipped
         reader.inputs[2] = wide
@@ -96,7 +95,7 @@ def _saturate(graph: Graph, node: Any, spec: QuantSpec) -> None:
 def _wide_zero(graph: Graph, zero: Any) -> Any:
     if np.dtype(zero.dtype) == np.uint8:
         return zero
-    return graph.constant(f"{zero.name}_wide", np.asarray(zero.values).astype(np.uint8))
+    return graph.constant("zero", np.asarray(zero.values).astype(np.uint8))
 
 
 def _metadata(context: Context, container: str) -> dict[str, str]:

@@ -31,7 +31,7 @@ class QuantizeBiases(Pass):
             limits = np.iinfo(np.int32)
             integers = np.clip(steps, limits.min, limits.max).astype(np.int32)
             layer.inputs[2] = graph.add("DequantizeLinear", [
-                graph.constant(f"{bias.name}_int32", integers), graph.constant(f"{bias.name}_scale", scale)],
+                graph.constant(f"{bias.name}_int32", integers), graph.constant("scale", scale)],
                 f"{bias.name}_dq", {"axis": 0}, bias.shape)
             count += 1
         graph.sort()

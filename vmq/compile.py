@@ -128,7 +128,7 @@ def _check_output(path: Path, model: Any) -> None:
     if path.is_dir():
         raise OutputError(f"cannot write {path}: it is a folder; give -o a file name")
     if not path.parent.is_dir():
-        raise OutputError(f"cannot write {path}: there is no folder {path.parent}; create it, or choose another with -o")
+        raise OutputError(f"cannot write {path}: there is no folder {path.parent}; create it, or choose another place")
     if not os.access(path.parent, os.W_OK):
         raise OutputError(f"cannot write {path}: {path.parent} is not writable; choose another place with -o")
     if isinstance(model, (str, os.PathLike)) and path.exists() and path.samefile(model):

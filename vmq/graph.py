@@ -192,7 +192,7 @@ class Graph:
         """
         if isinstance(output, str):
             output = Variable(self.unique(output), dtype=dtype, shape=shape)
-        self.nodes.append(Node(op=op, name=self.unique(f"{op}_{output.name}"), attrs=dict(attrs or {}),
+        self.nodes.append(Node(op=op, name=self.unique(op), attrs=dict(attrs or {}),
                                inputs=list(inputs), outputs=[output]))
         return output
 
