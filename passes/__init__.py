@@ -6,6 +6,7 @@ from passes.check_input import CheckInput
 from passes.find_closures import FindClosures
 from passes.fold_batchnorm import FoldBatchnorm
 from passes.fold_shapes import FoldShapes
+from passes.fuse_hardswish import FuseHardswish
 from passes.insert_qdq import InsertQdq
 from passes.lower import Lower
 from passes.quantize_biases import QuantizeBiases
@@ -18,6 +19,7 @@ PIPELINE: tuple[Pass, ...] = (
     RaiseOpset(),
     BindShapes(),
     FoldShapes(),
+    FuseHardswish(),
     FoldBatchnorm(),
     FindClosures(),
     InsertQdq(),

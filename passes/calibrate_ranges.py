@@ -2,13 +2,15 @@
 
 The float reference runs over all calibration clips frame after frame with its own recurrent state, so that warm
 states are seen as often as they occur. Of every tensor the extremes and a fixed number of samples are kept,
-whatever the number of frames; the range is the one with the smallest mean of |error|^p (vmq/quant.py). Weights
-get one scale per output channel by the same search.
+whatever the number of frames; the range is the one with the smallest mean of |error|^p (vmq/quant.py). Where an
+elementwise function alone reads a tensor (hardswish, sigmoid, ...), the error is that of the function's result.
+Weights get one scale per output channel by the same search.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,6 +25,19 @@ from vmq.spec import QuantSpec
 
 LARGEST_BIAS = 2.0**30
 """Weight scales are widened until the bias, in steps of activation scale x weight scale, stays below this."""
+
+
+def _hard_sigmoid(x: NDArray[Any], alpha: float = 0.2, beta: float = 0.5) -> NDArray[Any]:
+    return np.clip(alpha * x + beta, 0.0, 1.0)
+
+
+FUNCTIONS: Mapping[str, Callable[..., NDArray[Any]]] = {
+    "HardSigmoid": _hard_sigmoid,
+    "HardSwish": lambda x: x * _hard_sigmoid(x, 1.0 / 6.0, 0.5),
+    "Sigmoid": lambda x: 0.5 * np.tanh(0.5 * x) + 0.5,
+    "Tanh": np.tanh,
+}
+"""Elementwise functions that ranges are searched through, as numpy on float32."""
 
 
 class CalibrateRanges(Pass):
@@ -59,7 +74,7 @@ class CalibrateRanges(Pass):
             else:
                 seen = _Seen.of_constant(source) if isinstance(source, Constant) else observed[called[id(node)]]
                 scale, zero = search_range(seen.samples, seen.low, seen.high, spec, norm=recipe.range_norm,
-                                           steps=recipe.range_steps)
+                                           steps=recipe.range_steps, through=_reader(node))
             node.inputs[1].values = np.asarray(scale, np.float32)
             node.inputs[2].values = np.asarray(zero).astype(spec.dtype)
             context.progress("searching ranges", (index + 1) / len(leaders))
@@ -123,6 +138,16 @@ def _source(node: Any) -> Any:
     while value.inputs and value.inputs[0].op == "DequantizeLinear":
         value = value.inputs[0].inputs[0].inputs[0].inputs[0]
     return value
+
+
+def _reader(node: Any) -> Callable[[NDArray[np.float32]], NDArray[np.float32]] | None:
+    """The elementwise function that alone reads what a quantizer hands on, if there is one."""
+    readers = {(r.op, tuple(sorted(r.attrs.items()))) for dq in node.outputs[0].outputs for r in dq.outputs[0].outputs}
+    if len(readers) != 1:
+        return None
+    op, attrs = next(iter(readers))
+    function = FUNCTIONS.get(op)
+    return None if function is None else partial(function, **dict(attrs))
 
 
 def _fit_biases(graph: Graph) -> int:

@@ -62,8 +62,8 @@ def test_every_dump_is_valid_and_runs(footage: Path, tmp_path: Path):
     dump = tmp_path / "dump"
     vmq.compile(network(), bits=4, calib=[footage], dump=dump, output=tmp_path / "out.onnx")
     models = sorted(dump.glob("*.onnx"))
-    assert [m.stem for m in models] == ["00_input", "05_fold_batchnorm", "07_insert_qdq", "08_calibrate_ranges",
-                                        "09_quantize_biases", "10_lower"] or len(models) >= 5
+    changed = [m.stem[3:] for m in models]
+    assert changed == ["input", "insert_qdq", "calibrate_ranges", "quantize_biases", "lower"]
     for path in models:
         onnx.checker.check_model(str(path), full_check=True)
         outputs = Session(path, optimize=False).step(next(clips()[0].frames()))
@@ -74,7 +74,7 @@ def test_every_dump_is_valid_and_runs(footage: Path, tmp_path: Path):
     scores = {p["name"]: p["alpha_MAD"] for p in said["passes"]}
     assert scores["calibrate_ranges"] is not None
     assert scores["lower"] == scores["quantize_biases"]
-    assert [len(c) for c in said["closures"]] == [9] or len(said["closures"]) == 1
+    assert [len(c) for c in said["closures"]] == [11]
     decibels = [t["sqnr_db"] for t in said["tensors"]]
     assert decibels == sorted(decibels)
     assert len(decibels) > 15
@@ -83,10 +83,11 @@ def test_every_dump_is_valid_and_runs(footage: Path, tmp_path: Path):
 def test_inspect_names_a_planted_fault(footage: Path, tmp_path: Path):
     dump = tmp_path / "dump"
     vmq.compile(network(), calib=[footage], dump=dump)
-    last = Graph.load(dump / "10_lower.onnx")
+    path, = dump.glob("*_lower.onnx")
+    last = Graph.load(path)
     gates = next(n for n in last.value("g").outputs if n.op == "QuantizeLinear")
     gates.inputs[1].values = np.asarray(gates.inputs[1].values * np.float32(64.0))
-    last.save(dump / "10_lower.onnx")
+    last.save(path)
     worst = [t["name"] for t in inspect_dump(dump).tensors[:6]]
     assert {"g", "gates"} & set(worst), worst
 

@@ -9,6 +9,7 @@ and QDrop initialise (Li et al. 2021; Wei et al. 2022).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,8 @@ def scale_of_range(low: NDArray[Any] | float, high: NDArray[Any] | float, spec: 
 
 
 def search_range(samples: NDArray[Any], low: float, high: float, spec: QuantSpec, *, norm: float = 2.4,
-                 steps: int = 100) -> tuple[Floats, NDArray[np.int32]]:
+                 steps: int = 100, through: Callable[[Floats], Floats] | None = None,
+                 ) -> tuple[Floats, NDArray[np.int32]]:
     """Scale and zero point of an activation that minimise the p-norm error.
 
     Args:
@@ -60,7 +62,9 @@ def search_range(samples: NDArray[Any], low: float, high: float, spec: QuantSpec
         low, high: smallest and largest value it ever took (they may lie beyond the samples).
         spec: an unsigned grid.
         norm: p.
-        steps: ranges tried: first both ends shrunk together, then each end on its own.
+        steps: ranges tried, as equal shares of the full one: both ends together, then each end on its own.
+        through: the function that reads the tensor, elementwise: the error is then that of its result. What a
+            sigmoid saturates, or a hardswish makes 0, needs no levels.
 
     Returns:
         Two scalars (shape []): float32 scale, int32 zero point.
@@ -69,16 +73,20 @@ def search_range(samples: NDArray[Any], low: float, high: float, spec: QuantSpec
     if high - low < SMALLEST_SCALE:
         return scale_of_range(0.0, 1.0, spec)
     values, counts = _histogram(samples, low, high)
-    unit = np.float32(max(high, -low))        # errors are measured in it: their powers neither vanish nor overflow
+    wanted = values if through is None else through(values)
+    unit = max(np.abs(wanted).max(), np.float32(SMALLEST_SCALE))   # of errors: their powers neither vanish nor overflow
 
     def best(lows: NDArray[np.float64], highs: NDArray[np.float64]) -> tuple[float, float]:
         scales, zeros = scale_of_range(lows, highs, spec)
         q = np.clip(np.rint(values / scales[:, None]) + zeros[:, None], spec.qmin, spec.qmax)
-        error = np.abs((q - zeros[:, None]) * (scales[:, None] / unit) - values / unit)
+        if through is None:
+            error = np.abs((q - zeros[:, None]) * (scales[:, None] / unit) - values / unit)
+        else:
+            error = np.abs(through(((q - zeros[:, None]) * scales[:, None]).astype(np.float32)) - wanted) / unit
         index = int(np.argmin(np.power(error, np.float32(norm)).astype(np.float64) @ counts))
         return float(lows[index]), float(highs[index])
 
-    shrink = np.linspace(1.0, 0.1, steps)
+    shrink = np.arange(steps, 0, -1) / steps
     lo, hi = best(low * shrink, high * shrink)
     if low < 0.0 < high:
         for _ in range(2):
@@ -101,11 +109,11 @@ def search_weight_scale(weight: NDArray[Any], spec: QuantSpec, *, norm: float = 
     largest = np.abs(rows).max(axis=1)
     full = np.maximum(largest / spec.qmax, SMALLEST_SCALE).astype(np.float32)
     scale, least = full.copy(), np.full(len(rows), np.inf)
-    for shrink in np.linspace(1.0, 0.1, steps):
+    for shrink in np.arange(steps, 0, -1) / steps:
         tried = np.maximum(full * np.float32(shrink), np.float32(SMALLEST_SCALE))
         q = np.clip(np.rint(rows / tried[:, None]), spec.qmin, spec.qmax)
-        steps = np.abs(q - rows / tried[:, None]) * np.float32(shrink)       # the error in units of `full`
-        error = np.power(steps, np.float32(norm)).sum(axis=1, dtype=np.float64)
+        off = np.abs(q - rows / tried[:, None]) * np.float32(shrink)       # the error in units of `full`
+        error = np.power(off, np.float32(norm)).sum(axis=1, dtype=np.float64)
         better = error < least
         scale[better], least[better] = tried[better], error[better]
     scale[largest == 0.0] = 1.0

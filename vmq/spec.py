@@ -162,7 +162,7 @@ class Recipe:
     Attributes:
         name: what reports call it.
         range_norm: p of the range search, which minimises the mean of |error|^p.
-        range_steps: how many ranges are tried between a tenth of the largest value and all of it.
+        range_steps: how many ranges are tried, as equal shares of the full one.
         samples: values kept of each tensor over all calibration frames.
     """
 
