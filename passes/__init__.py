@@ -3,6 +3,7 @@
 from passes.bind_shapes import BindShapes
 from passes.calibrate_ranges import CalibrateRanges
 from passes.check_input import CheckInput
+from passes.correct_biases import CorrectBiases
 from passes.find_closures import FindClosures
 from passes.fold_batchnorm import FoldBatchnorm
 from passes.fold_shapes import FoldShapes
@@ -24,6 +25,7 @@ PIPELINE: tuple[Pass, ...] = (
     FindClosures(),
     InsertQdq(),
     CalibrateRanges(),
+    CorrectBiases(),
     QuantizeBiases(),
     Lower(),
     Verify(),

@@ -9,7 +9,7 @@ Weights get one scale per output channel by the same search.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -22,9 +22,6 @@ from vmq.pipeline import Context, Pass, PassResult
 from vmq.quant import search_range, search_weight_scale
 from vmq.runtime import Session
 from vmq.spec import QuantSpec
-
-LARGEST_BIAS = 2.0**30
-"""Weight scales are widened until the bias, in steps of activation scale x weight scale, stays below this."""
 
 
 def _hard_sigmoid(x: NDArray[Any], alpha: float = 0.2, beta: float = 0.5) -> NDArray[Any]:
@@ -78,11 +75,9 @@ class CalibrateRanges(Pass):
             node.inputs[1].values = np.asarray(scale, np.float32)
             node.inputs[2].values = np.asarray(zero).astype(spec.dtype)
             context.progress("searching ranges", (index + 1) / len(leaders))
-        widened = _fit_biases(graph)
         frames = sum(len(c) for c in context.clips)
         return PassResult(modified=len(leaders), report={
-            "frames": frames, "clips": [c.name for c in context.clips], "quantizers": len(leaders),
-            "weight_channels_widened_for_bias": widened})
+            "frames": frames, "clips": [c.name for c in context.clips], "quantizers": len(leaders)})
 
 
 class _Seen:
@@ -118,9 +113,8 @@ def _observe(reference: Graph, names: list[str], context: Context, samples: int)
     for clip in context.clips:
         session.reset()
         for frame in clip.frames():
-            fed = dict(session.state)
+            fed = session.feeds(frame)
             outputs = session.step(frame)
-            fed[session.frame_input] = (frame.astype(np.float32) / np.float32(255.0))[None]
             for name in names:
                 values = fed[name] if name in inputs else outputs[name]
                 if not np.isfinite(values).all():
@@ -142,31 +136,8 @@ def _source(node: Any) -> Any:
 
 def _reader(node: Any) -> Callable[[NDArray[np.float32]], NDArray[np.float32]] | None:
     """The elementwise function that alone reads what a quantizer hands on, if there is one."""
-    readers = {(r.op, tuple(sorted(r.attrs.items()))) for dq in node.outputs[0].outputs for r in dq.outputs[0].outputs}
-    if len(readers) != 1:
+    readers = [r for dequantize in node.outputs[0].outputs for r in dequantize.outputs[0].outputs]
+    if not readers or any((r.op, r.attrs) != (readers[0].op, readers[0].attrs) for r in readers):
         return None
-    op, attrs = next(iter(readers))
-    function = FUNCTIONS.get(op)
-    return None if function is None else partial(function, **dict(attrs))
-
-
-def _fit_biases(graph: Graph) -> int:
-    """Widen the scale of weight channels whose bias would not fit into int32; returns how many channels."""
-    widened = 0
-    for layer, activation, weight in quantized_layers(graph):
-        bias = np.abs(np.asarray(layer.inputs[2].values, np.float64))
-        scale = np.asarray(weight.inputs[1].values)
-        least = bias / (LARGEST_BIAS * float(np.asarray(activation.inputs[1].values)))
-        if (scale < least).any():
-            widened += int((scale < least).sum())
-            weight.inputs[1].values = np.maximum(scale, least).astype(np.float32)
-    return widened
-
-
-def quantized_layers(graph: Graph) -> Iterable[tuple[Any, Any, Any]]:
-    """Layers with a constant float bias and both operands dequantized: (layer, activation's DQ, weight's DQ)."""
-    for node in graph.nodes:
-        if node.op in ("Conv", "Gemm") and len(node.inputs) > 2 and isinstance(node.inputs[2], Constant):
-            pairs = [v.inputs[0] for v in node.inputs[:2] if v.inputs and v.inputs[0].op == "DequantizeLinear"]
-            if len(pairs) == 2:
-                yield node, pairs[0], pairs[1]
+    function = FUNCTIONS.get(readers[0].op)
+    return None if function is None else partial(function, **readers[0].attrs)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import numpy as np
 from compiling import network, run_to
 
+from vmq.spec import Recipe
+
 
 def test_biases_move_by_half_a_step_at_most_and_become_int32():
     before, graph = network(), network()
-    run_to("calibrate_ranges", before)
+    run_to("correct_biases", before)
     run_to("quantize_biases", graph)
     floats = {n.name: np.asarray(n.inputs[2].values) for n in before.nodes if n.op == "Conv" and len(n.inputs) > 2}
-    assert len(floats) == 6
+    assert len(floats) == 9
     for node in graph.nodes:
         if node.name not in floats:
             continue
@@ -26,5 +28,5 @@ def test_biases_move_by_half_a_step_at_most_and_become_int32():
 
 def test_layers_without_bias_are_left_alone():
     graph = network()
-    run_to("quantize_biases", graph)
+    run_to("quantize_biases", graph, recipe=Recipe("plain", bias_frames=0))
     assert sum(n.op == "Conv" and len(n.inputs) == 2 for n in graph.nodes) == 3

@@ -17,6 +17,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from vmq.clips import to_float
 from vmq.errors import MediaError, ModelError, OptionError
 from vmq.graph import Graph
 from vmq.states import StatePair, pair_states
@@ -52,7 +53,7 @@ class Session:
         self.label = "model" if isinstance(model, (bytes, Graph)) else str(model)
         graph = model if isinstance(model, Graph) else Graph.load(model)
         self.state_pairs = _pairs_of(graph, pairs)
-        self._session = _create(graph, threads, optimize, extra, self.label)
+        self._session = create_session(graph, threads=threads, optimize=optimize, extra=extra, label=self.label)
         self._states = {p.input: p.output for p in self.state_pairs}
         self._types = {i.name: _TYPES.get(i.type) for i in self._session.get_inputs()}
         self._shapes = {i.name: [d if isinstance(d, int) else None for d in i.shape]
@@ -107,12 +108,18 @@ class Session:
                 or width not in (None, frame.shape[2]):
             raise MediaError(f"{self.label} takes frames of {width or 'any'}x{height or 'any'}, got "
                              f"{frame.shape[-1]}x{frame.shape[-2]}; resize the frames, or compile for that size")
-        return self.feed((frame.astype(np.float32) / np.float32(255.0))[None])
+        return self.feed(to_float(frame)[None])
+
+    def feeds(self, frame: NDArray[Any]) -> dict[str, Array]:
+        """What the next step feeds: the frame (uint8 [3,H,W], or float32 [1,3,H,W] in 0..1), states, constants."""
+        if frame.dtype == np.uint8:
+            frame = to_float(frame)[None]
+        return {self.frame_input: frame.astype(self._types[self.frame_input] or np.float32, copy=False),
+                **self.state, **self._constants}
 
     def feed(self, frame: NDArray[np.float32]) -> dict[str, Array]:
         """As `step`, with a frame of float32 [1,3,H,W] in 0..1."""
-        feeds = {self.frame_input: frame.astype(self._types[self.frame_input] or np.float32, copy=False),
-                 **self.state, **self._constants}
+        feeds = self.feeds(frame)
         try:
             results = self._session.run(None, feeds)
         except Exception as error:  # onnxruntime raises bare classes of its own
@@ -181,7 +188,13 @@ def _pairs_of(graph: Graph, pairs: Mapping[str, str] | None) -> tuple[StatePair,
     return pair_states(graph, pairs)
 
 
-def _create(graph: Graph, threads: int, optimize: bool, extra: Sequence[str], label: str) -> Any:
+def create_session(graph: Graph, *, threads: int = 0, optimize: bool = True, extra: Sequence[str] = (),
+                   label: str = "model") -> Any:
+    """A bare onnxruntime.InferenceSession of a graph, with the values called `extra` as further outputs.
+
+    Raises:
+        ModelError: ONNX Runtime does not take the graph.
+    """
     if threads < 0:
         raise OptionError(f"--threads {threads}: give 0 (all) or more")
     options = ort.SessionOptions()
