@@ -23,7 +23,8 @@ SIZE = (32, 48)
 # Every kind of edge that placement decides about: residual, squeeze-excite, hardswish, a GRU, a skip from the frame.
 NETWORK = """(float[1,3,32,48] src, float[1,4,32,48] r, float[8,3,3,3] w0, float[8] w0b, float[8,1,3,3] w1,
               float[8] w1b, float[4,8,1,1] w2, float[8,4,1,1] w3, float[8,8,1,1] w4, float[8] w4b,
-              float[8,11,3,3] w5, float[8] w5b, float[8,8,3,3] w6, float[8] w6b, float[4,8,3,3] w7, float[4,8,3,3] w8, float[4] w8b)
+              float[8,11,3,3] w5, float[8] w5b, float[8,8,3,3] w6, float[8] w6b, float[4,8,3,3] w7,
+              float[4,8,3,3] w8, float[4] w8b)
            => (float[1,3,32,48] fgr, float[1,1,32,48] pha, float[1,4,32,48] s) {
     first = Conv <pads = [1,1,1,1]> (src, w0, w0b)
     a = HardSwish (first)
