@@ -105,18 +105,19 @@ class _Placement:
 
     def _wants(self, value: Any) -> set[int]:
         """Widths that the readers of a value want of it."""
-        wants: set[int] = set()
-        for reader in value.outputs:
-            if reader.name in self.bits:
-                operands = self.target.compute[reader.op].activations
-                if any(reader.inputs[i] is value for i in operands):
-                    wants.add(self.bits[reader.name].activations)
-            elif reader.name not in self.float_nodes:
-                if reader.op in self.target.carriers:
-                    wants.add(CARRIER_BITS)
-                elif reader.op in self.target.movers and reader.inputs[0] is value:
-                    wants |= {w for out in reader.outputs for w in self._wants(out)}
-        return wants
+        return {width for reader in value.outputs for width in self._wanted_by(reader, value)}
+
+    def _wanted_by(self, reader: Any, value: Any) -> set[int]:
+        if reader.name in self.bits:
+            operands = self.target.compute[reader.op].activations
+            return {self.bits[reader.name].activations} if any(reader.inputs[i] is value for i in operands) else set()
+        if reader.name in self.float_nodes:
+            return set()
+        if reader.op in self.target.carriers:
+            return {CARRIER_BITS}
+        if reader.op in self.target.movers and reader.inputs[0] is value:
+            return {width for result in reader.outputs for width in self._wants(result)}
+        return set()
 
     def _integer_source(self, value: Any) -> bool:
         """True when an integer kernel produces this value, perhaps with an absorbed activation behind it."""
@@ -135,29 +136,20 @@ class _Placement:
         if len(readers) == 1 and readers[0].op in self.target.absorbed and value.inputs \
                 and value.inputs[0].name in self.bits:
             return                                          # quantized behind the Relu
-        wants = self._wants(value)
+        by_reader = {id(r): self._wanted_by(r, value) for r in readers}
+        wants = set().union(*by_reader.values())
         made_in_integers = self._integer_source(value)
-        only_output = bool(readers or any(o is value for o in self.graph.outputs)) \
-            and all(r.name in self.float_nodes for r in readers) and not wants
+        is_output = any(o is value for o in self.graph.outputs)
+        only_output = (readers or is_output) and all(r.name in self.float_nodes for r in readers)
         if not wants and (not made_in_integers or only_output):
             return
-        narrow = {r.name for r in readers if r.name in self.bits and self.bits[r.name].activations < CARRIER_BITS
-                  and self.bits[r.name].activations in wants}
-        others = [r for r in readers if r.name not in narrow]
-        is_output = any(o is value for o in self.graph.outputs)
-        tied = self._tied_to(value)
-        wide = CARRIER_BITS in wants or (made_in_integers and (others or is_output)) or not wants
-        current = value
-        narrow_movers = [r for r in others if r.op in self.target.movers and wants and CARRIER_BITS not in wants]
-        if narrow_movers and not narrow and len(narrow_movers) == len(others) and not is_output:
-            self._replace(value, self._pair(value, min(wants), tied), readers)   # a mover in front of narrow layers
-            return
-        if wide:
+        narrow = [r for r in readers if by_reader[id(r)] and max(by_reader[id(r)]) < CARRIER_BITS]
+        current, tied = value, self._tied_to(value)
+        if CARRIER_BITS in wants or not wants or (made_in_integers and (len(narrow) < len(readers) or is_output)):
             current = self._pair(value, CARRIER_BITS, tied)
             self._replace(value, current, readers)
         if narrow:
-            users = [r for r in readers if r.name in narrow]
-            self._replace(current, self._pair(current, min(wants), tied), users)
+            self._replace(current, self._pair(current, min(wants), tied), narrow)
 
     def _tied_to(self, value: Any) -> Any:
         """The quantizer in front of the mover that made this value: the result takes over its scale."""
