@@ -1,0 +1,313 @@
+"""The shadow: the graph as a torch module, node for node, for everything that needs gradients.
+
+Every float constant of the graph is a parameter of the shadow, and so is every zero point. A QuantizeLinear, perhaps
+with a Clip of its integers behind it, and the DequantizeLinear that reads it with the same scale and zero point
+become one `FakeQuantize` whose parameters are those constants; tied quantizers share them. So there is no plan
+beside the graph to keep in step: what was learned is put back by assigning the constants their new values.
+
+Values are asked for by name. Only the nodes between what is given and what is asked for are run, which is also how
+a block of the graph runs on its own, and each value is let go after its last use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vmq.errors import ModelError
+from vmq.fakequant import FakeQuantize, dequantize, grid_scale, grid_zero
+from vmq.graph import Constant, Graph
+from vmq.shadow_ops import HOST_INPUTS, Call, to_tensor
+from vmq.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One node: what it reads ("" for an input left out), what it makes, and the function between them."""
+
+    node: str
+    op: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    run: Callable[..., Any]
+
+
+class Shadow(nn.Module):
+    """A differentiable twin of a graph.
+
+    No parameter requires a gradient until somebody says so: `shadow.parameter(name).requires_grad_()`.
+
+    Attributes:
+        graph: the graph, whose constants `write_back` assigns.
+        quantizers: the fake quantizer behind each dequantized value, by the value's name. An entry may be replaced
+            by any function of a tensor, such as one that learns how weights are rounded.
+
+    Raises:
+        ModelError: the graph has an operator, an attribute or a constant that is not supported; names the node.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()
+        self.graph = graph
+        self.quantizers: dict[str, Callable[[Tensor], Tensor]] = {}
+        self._constants = {c.name: c for c in graph.constants()}
+        self._same = _tied_constants(graph)
+        self._specs: dict[str, QuantSpec] = {}        # of zero points, by name
+        self._scales: set[str] = set()
+        self._host: dict[str, Tensor] = {}            # constants that only describe shapes
+        self._keys: dict[str, str] = {}               # names of constants to names of parameters and buffers
+        self._zeros: dict[str, str] = {}              # names of zero points to names of parameters
+        for constant in self._constants.values():
+            self._register(constant)
+        self._steps = [self._step(node) for node in graph.nodes]
+        self._outputs = tuple(v.name for v in graph.outputs)
+        self._plans: dict[tuple[frozenset[str], tuple[str, ...]], list[tuple[_Step, tuple[str, ...]]]] = {}
+        used = {id(s) for s, _ in self._plan(frozenset(v.name for v in graph.inputs), self._outputs)}
+        self._used = [s for s in self._steps if id(s) in used]
+
+    # -- running ------------------------------------------------------------------------------------
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All outputs of the model, by name."""
+        return self.run(inputs, self._outputs)
+
+    def run(self, given: Mapping[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
+        """Compute values from other values.
+
+        Args:
+            given: values by name: the model's inputs, or what a block reads from outside; nothing before them is run.
+            wanted: names of the values to return, results of nodes or anything else in the graph.
+
+        Raises:
+            ModelError: a value is needed that is not given, or a node does not work on what it was given.
+        """
+        wanted = tuple(wanted)
+        key = (frozenset(given), wanted)
+        if key not in self._plans:
+            self._plans[key] = self._plan(*key)
+        values: dict[str, Tensor] = dict(given)
+        for step, done in self._plans[key]:
+            arguments = [self._read(name, values) for name in step.inputs]
+            results = self._call(step, arguments)
+            del arguments
+            values.update(zip(step.outputs, results, strict=False))
+            for name in done:
+                values.pop(name, None)
+        return {name: self._read(name, values) for name in wanted}
+
+    def boundary(self, nodes: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What the nodes of these names read from outside, and which of their results are read outside."""
+        inner = [s for s in self._used if s.node in nodes]
+        made = {name for s in inner for name in s.outputs}
+        read = {name for s in self._used if s.node not in nodes for name in s.inputs} | set(self._outputs)
+        inputs = dict.fromkeys(n for s in inner for n in s.inputs if n and n not in made and n not in self._constants)
+        return tuple(inputs), tuple(n for s in inner for n in s.outputs if n in read)
+
+    def _plan(self, given: frozenset[str], wanted: Sequence[str]) -> list[tuple[_Step, tuple[str, ...]]]:
+        """The steps that lead from what is given to what is wanted, each with the values that it is the last to use."""
+        known = given | set(self._constants) | {""}
+        needed, chosen = set(wanted) - known, []
+        for step in reversed(self._steps):
+            if not needed.isdisjoint(step.outputs):
+                needed -= set(step.outputs)
+                needed |= set(step.inputs) - known
+                chosen.append(step)
+        if needed:
+            raise ModelError(f"value {min(needed)!r} is needed, but is neither given nor computed; give it")
+        seen, plan = set(wanted), []
+        for step in chosen:                               # from the last to the first
+            plan.append((step, tuple({*step.inputs, *step.outputs} - seen)))
+            seen |= set(step.inputs)
+        return plan[::-1]
+
+    def _read(self, name: str, values: Mapping[str, Tensor]) -> Any:
+        if name in values:
+            return values[name]
+        if name in self._host:
+            return self._host[name]
+        return getattr(self, self._keys[name]) if name else None
+
+    def _call(self, step: _Step, arguments: list[Any]) -> Sequence[Tensor]:
+        first = next((a for a in arguments if a is not None), None)
+        if first is not None and first.device.type != "cpu" and step.op not in HOST_INPUTS:
+            arguments = [a if a is None else a.to(first.device) for a in arguments]
+        try:
+            results = step.run(*arguments)
+        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            if isinstance(error, (ModelError, torch.OutOfMemoryError)):
+                raise
+            shapes = ", ".join(str(list(a.shape)) for a in arguments if a is not None)
+            raise ModelError(f"node {step.node!r} ({step.op}) does not work on {shapes}: "
+                             f"{' '.join(str(error).split())[:200]}") from error
+        return [results] if isinstance(results, Tensor) else results
+
+    # -- parameters ---------------------------------------------------------------------------------
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """The parameter that stands for a float constant or a zero point of the graph.
+
+        Raises:
+            KeyError: there is no such constant.
+        """
+        parameter = getattr(self, self._zeros.get(name) or self._keys[name])
+        if not isinstance(parameter, nn.Parameter):
+            raise KeyError(name)
+        return parameter
+
+    def write_back(self) -> int:
+        """Give the graph's constants the values of their parameters; returns how many changed.
+
+        Scales and zero points are written as they are computed with: positive, and integers of their grid.
+        """
+        changed = 0
+        for name, constant in self._constants.items():
+            if name not in self._zeros and not isinstance(getattr(self, self._keys.get(name, ""), None), nn.Parameter):
+                continue
+            value = self.parameter(name).detach()
+            if name in self._zeros:
+                value = grid_zero(value, self._specs[name])
+            elif name in self._scales:
+                value = grid_scale(value)
+            array = value.cpu().numpy().astype(constant.dtype)
+            if not np.array_equal(array, np.asarray(constant.values)):
+                constant.values, changed = array, changed + 1
+        return changed
+
+    def _register(self, constant: Any) -> None:
+        """Hold a constant as a parameter, a buffer or a tensor on the host; once for constants that are tied."""
+        name, root = constant.name, self._same.get(constant.name, constant.name)
+        if root != name:
+            self._register(self._constants[root])
+            for keys in (self._keys, self._zeros):
+                if root in keys:
+                    keys[name] = keys[root]
+            if root in self._specs:
+                self._specs[name] = self._specs[root]
+            return
+        if name in self._keys or name in self._host:
+            return
+        try:
+            tensor = to_tensor(constant.values)
+        except TypeError as error:
+            raise ModelError(f"constant {name!r} is of type {constant.dtype}, which the differentiable shadow does not "
+                             "support; export the model in float32") from error
+        index = len(self._keys)
+        if tensor.is_floating_point():
+            self._keys[name] = f"constant_{index}"
+            self.register_parameter(f"constant_{index}", nn.Parameter(tensor, requires_grad=False))
+            return
+        if all(n.op in HOST_INPUTS and n.inputs[0] is not constant for n in constant.outputs):
+            self._host[name] = tensor
+        else:
+            self._keys[name] = f"constant_{index}"
+            self.register_buffer(f"constant_{index}", tensor, persistent=False)
+        if any(n.op in _LINEAR and len(n.inputs) > 2 and n.inputs[2] is constant for n in constant.outputs) \
+                and np.dtype(constant.dtype).name in _GRIDS:
+            self._zeros[name] = f"zero_{index}"
+            self._specs[name] = QuantSpec.of(constant.dtype)
+            self.register_parameter(f"zero_{index}", nn.Parameter(tensor.float(), requires_grad=False))
+
+    # -- steps --------------------------------------------------------------------------------------
+
+    def _step(self, node: Any) -> _Step:
+        read = [o for o in node.outputs if o.name and (o.outputs or any(o is v for v in self.graph.outputs))]
+        count = max((i + 1 for i, o in enumerate(node.outputs) if any(o is r for r in read)), default=1)
+        call = Call(node.op, node.name, node.attrs, self.graph.opset, count)
+        inputs, outputs = [v.name for v in node.inputs], tuple(v.name for v in node.outputs)
+        if node.op not in _LINEAR:
+            return _Step(node.name, node.op, tuple(inputs), outputs, call.build())
+        axis = call.take("axis", 1)
+        call.expect("block_size", 0), call.expect("saturate", 1)
+        scale, zero = node.inputs[1], (*node.inputs[2:], None)[0]
+        for what, value in (("scale", scale), ("zero point", zero)):
+            if value is not None and not isinstance(value, Constant):
+                call.refuse(f"a {what} that is computed")
+        self._scales.add(scale.name)
+        axis = axis if len(scale.shape or ()) == 1 and scale.shape != (1,) else None
+        if node.op == "DequantizeLinear":
+            fused = _quantizer_of(node)
+            if fused is None:
+                return _Step(node.name, node.op, (inputs[0],), outputs, self._dequantize(scale, zero, axis))
+            quantize, limits = fused
+            spec = self._spec(quantize, axis, call)
+            self.quantizers[outputs[0]] = self._fake_quantize(scale, zero, spec, limits)
+            return _Step(node.name, node.op, (quantize.inputs[0].name,), outputs,
+                         lambda x: self.quantizers[outputs[0]](x))
+        quantizer = self._fake_quantize(scale, zero, self._spec(node, axis, call), None)
+        return _Step(node.name, node.op, (inputs[0],), outputs, quantizer.steps)
+
+    def _spec(self, node: Any, axis: int | None, call: Call) -> QuantSpec:
+        dtype = node.inputs[2].dtype if len(node.inputs) > 2 else np.uint8
+        kind = call.take("output_dtype", 0)
+        if len(node.inputs) < 3 and kind:
+            call.refuse(f"output_dtype {kind} without a zero point")
+        if np.dtype(dtype).name not in _GRIDS:
+            call.refuse(f"a zero point of type {np.dtype(dtype).name}")
+        return QuantSpec.of(dtype, axis)
+
+    def _zero(self, zero: Any, like: nn.Parameter) -> nn.Parameter:
+        if zero is None:
+            return nn.Parameter(torch.zeros_like(like), requires_grad=False)
+        return self.parameter(zero.name)
+
+    def _fake_quantize(self, scale: Any, zero: Any, spec: QuantSpec, limits: tuple[int, int] | None) -> FakeQuantize:
+        parameter = self.parameter(scale.name)
+        return FakeQuantize(parameter, self._zero(zero, parameter), spec, limits)
+
+    def _dequantize(self, scale: Any, zero: Any, axis: int | None) -> Callable[[Tensor], Tensor]:
+        def run(steps: Tensor) -> Tensor:
+            shift = None
+            if zero is not None and zero.name in self._zeros:
+                shift = grid_zero(self.parameter(zero.name), self._specs[zero.name])
+            elif zero is not None:
+                shift = self._read(zero.name, {})
+            return dequantize(steps, self.parameter(scale.name), shift, axis)
+        return run
+
+
+_LINEAR = ("QuantizeLinear", "DequantizeLinear")
+_GRIDS = ("int4", "uint4", "int8", "uint8")
+
+
+def _quantizer_of(dequantize: Any) -> tuple[Any, tuple[int, int] | None] | None:
+    """The QuantizeLinear that a DequantizeLinear undoes, and the limits of a Clip between them."""
+    source = dequantize.inputs[0].inputs
+    limits = None
+    if source and source[0].op == "Clip" and all(isinstance(v, Constant) for v in source[0].inputs[1:]):
+        bounds = [int(np.asarray(v.values)) for v in source[0].inputs[1:]]
+        if len(bounds) == 2:
+            limits = (bounds[0], bounds[1])
+            source = source[0].inputs[0].inputs
+    if not source or source[0].op != "QuantizeLinear":
+        return None
+    quantize = source[0]
+    if len(quantize.inputs) != len(dequantize.inputs) or not all(
+            isinstance(a, Constant) and isinstance(b, Constant) and a.dtype == b.dtype
+            and np.array_equal(np.asarray(a.values), np.asarray(b.values))
+            for a, b in zip(quantize.inputs[1:], dequantize.inputs[1:], strict=True)):
+        return None
+    if quantize.attrs.get("axis", 1) != dequantize.attrs.get("axis", 1) and quantize.inputs[1].values.size > 1:
+        return None
+    return quantize, limits
+
+
+def _tied_constants(graph: Graph) -> dict[str, str]:
+    """Constants that must stay equal because a pair of Q and DQ reads one each: name to the name of the first."""
+    same: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while name in same:
+            name = same[name]
+        return name
+
+    for node in graph.nodes:
+        fused = _quantizer_of(node) if node.op == "DequantizeLinear" else None
+        for one, other in zip(fused[0].inputs[1:], node.inputs[1:], strict=True) if fused else ():
+            if root(one.name) != root(other.name):
+                same[root(other.name)] = root(one.name)
+    return {name: root(name) for name in same}
