@@ -222,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--keep", action="append", default=[], type=_keep, metavar="WHAT=BITS",
         help="width of first, last, depthwise, pooled or recurrent layers, or of a node by its name; repeatable")
     add("--pair", action="append", default=[], type=_pair, metavar="IN=OUT",
-        help="a state input and its output, where the graph alone does not tell; repeatable")
+        help="a state input and its output, where the graph alone does not tell (IN= for no state); repeatable")
     add("--dump", type=Path, metavar="DIR", help="write the model as it is after each pass, for `vmq inspect`")
     add("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
     add("-o", "--output", type=Path, metavar="OUT.onnx", help="default: MODEL_w8a8.onnx or the like, here")
@@ -288,8 +288,8 @@ def _ratio(parser: argparse.ArgumentParser) -> None:
 
 def _pair(text: str) -> tuple[str, str]:
     left, separator, right = text.partition("=")
-    if not (left and separator and right):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form IN=OUT")
+    if not (left and separator):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form IN=OUT, or IN= for an input that is no state")
     return left, right
 
 

@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -383,6 +384,7 @@ class Writer:
             self._scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
         except OSError as error:
             raise OutputError(f"{path} cannot be written ({error.strerror}): name another folder") from error
+        self._clean = weakref.finalize(self, shutil.rmtree, self._scratch, ignore_errors=True)
         self._video: cv2.VideoWriter | None = None
         if not self._folder:
             with _quiet():
@@ -454,7 +456,7 @@ class Writer:
     def _abandon(self) -> None:
         if self._video is not None:
             self._video.release()
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._clean()
 
 
 def open_writer(path: str | Path, fps: float, size: Size) -> Writer:

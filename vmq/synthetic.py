@@ -48,7 +48,7 @@ def synthetic_clips(size: Size = (288, 512), count: int = 8, frames: int = 32, s
     if min(size) < 32 or count < 1 or frames < 1:
         raise OptionError(
             f"cannot make {count} built-in clips of {frames} frames at {size[1]}x{size[0]}: "
-            "need at least 1 clip, 1 frame and 32x32"
+            "need at least 1 clip, 1 frame and 32x32 (or your own footage: --calib)"
         )
 
     def clip(index: int) -> Clip:
