@@ -550,6 +550,9 @@ def _split(call: Call) -> Run:
     return run
 
 
+_OPEN_ENDS = (2**31 - 1, 2**63 - 1)     # as far as it goes, in either direction: so ONNX Runtime reads them
+
+
 @_op("Slice")
 def _slice(_: Call) -> Run:
     def run(x: Tensor, *given: Tensor) -> Tensor:
@@ -558,7 +561,8 @@ def _slice(_: Call) -> Run:
         assert ends is not None
         axes, steps = (*rest, None, None)[:2]
         for i, axis in enumerate(axes or range(len(starts))):
-            start, end, step = slice(starts[i], ends[i], steps[i] if steps else 1).indices(x.shape[axis])
+            end = None if ends[i] in _OPEN_ENDS else ends[i]
+            start, end, step = slice(starts[i], end, steps[i] if steps else 1).indices(x.shape[axis])
             if step == 1:
                 x = x.narrow(axis, start, max(0, end - start))
             else:
@@ -617,9 +621,9 @@ def _gather_nd(call: Call) -> Run:
     batch = call.take("batch_dims", 0)
 
     def run(x: Tensor, places: Tensor) -> Tensor:
-        lead = torch.meshgrid(*(torch.arange(n, device=x.device) for n in x.shape[:batch]), indexing="ij")
-        more = places.ndim - 1 - batch
-        return x[(*(g.reshape(*g.shape, *[1] * more) for g in lead), *places.long().unbind(-1))]
+        lead = [torch.arange(n, device=x.device).reshape([-1] + [1] * (places.ndim - 2 - i))
+                for i, n in enumerate(x.shape[:batch])]
+        return x[(*lead, *places.long().unbind(-1))]
     return run
 
 
