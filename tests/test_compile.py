@@ -63,7 +63,7 @@ def test_every_dump_is_valid_and_runs(footage: Path, tmp_path: Path):
     vmq.compile(network(), bits=4, calib=[footage], dump=dump, output=tmp_path / "out.onnx")
     models = sorted(dump.glob("*.onnx"))
     changed = [m.stem[3:] for m in models]
-    assert changed == ["input", "insert_qdq", "calibrate_ranges", "quantize_biases", "lower"]
+    assert changed == ["input", "insert_qdq", "calibrate_ranges", "correct_biases", "quantize_biases", "lower"]
     for path in models:
         onnx.checker.check_model(str(path), full_check=True)
         outputs = Session(path, optimize=False).step(next(clips()[0].frames()))
@@ -156,7 +156,7 @@ def test_rvm_as_its_users_have_it(tmp_path: Path):
 
 
 def test_without_footage_the_built_in_clips_are_used_and_it_says_so(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys.modules["vmq.compile"], "synthetic_clips", lambda size, **_: clips(1, 2, size))
+    monkeypatch.setattr(sys.modules["vmq.compiler"], "synthetic_clips", lambda size, **_: clips(1, 2, size))
     result = vmq.compile(network())
     assert result.synthetic
     assert "your own footage (--calib) is better" in "\n".join(result.lines())
@@ -268,3 +268,11 @@ def test_results_are_frozen(footage: Path):
     result = vmq.compile(network(), calib=[footage])
     with pytest.raises(dataclasses.FrozenInstanceError):
         result.path = None  # type: ignore[misc]
+
+
+def test_the_function_is_not_shadowed_by_a_module():
+    import vmq.cli
+    import vmq.compiler
+    assert vmq.compile is vmq.compiler.compile
+    assert callable(vmq.compile)
+    assert sorted(vmq.__all__) == ["Result", "__version__", "compile"]

@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 __all__ = ["Result", "__version__", "compile"]
 
 if TYPE_CHECKING:
-    from vmq.compile import Result, compile  # noqa: A004  (the name of what it does)
+    from vmq.compiler import Result, compile  # noqa: A004  (the name of what it does)
 
 
 def __getattr__(name: str) -> Any:
@@ -20,7 +20,7 @@ def __getattr__(name: str) -> Any:
     if name in ("Result", "compile"):
         import importlib
 
-        module = importlib.import_module("vmq.compile")
+        module = importlib.import_module("vmq.compiler")
         globals().update(Result=module.Result, compile=module.compile)
         return globals()[name]
     raise AttributeError(f"module 'vmq' has no attribute {name!r}")

@@ -69,7 +69,7 @@ def _fetch(args: argparse.Namespace) -> None:
 
 
 def _compile(args: argparse.Namespace) -> None:
-    from vmq.compile import compile  # noqa: A004  (the API's name for it)
+    from vmq.compiler import compile  # noqa: A004  (the API's name for it)
     from vmq.spec import Bits
 
     output = args.output or Path(f"{args.model.stem}_{str(Bits.parse(args.bits)).lower()}.onnx")
