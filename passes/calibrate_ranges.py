@@ -9,7 +9,7 @@ Weights get one scale per output channel by the same search.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -19,22 +19,9 @@ from numpy.typing import NDArray
 from vmq.errors import PassError
 from vmq.graph import Constant, Graph
 from vmq.pipeline import Context, Pass, PassResult
-from vmq.quant import search_range, search_weight_scale
+from vmq.quant import FUNCTIONS, search_range, search_weight_scale
 from vmq.runtime import Session
 from vmq.spec import QuantSpec
-
-
-def _hard_sigmoid(x: NDArray[Any], alpha: float = 0.2, beta: float = 0.5) -> NDArray[Any]:
-    return np.clip(alpha * x + beta, 0.0, 1.0)
-
-
-FUNCTIONS: Mapping[str, Callable[..., NDArray[Any]]] = {
-    "HardSigmoid": _hard_sigmoid,
-    "HardSwish": lambda x: x * _hard_sigmoid(x, 1.0 / 6.0, 0.5),
-    "Sigmoid": lambda x: 0.5 * np.tanh(0.5 * x) + 0.5,
-    "Tanh": np.tanh,
-}
-"""Elementwise functions that ranges are searched through, as numpy on float32."""
 
 
 class CalibrateRanges(Pass):

@@ -9,11 +9,11 @@ import pytest
 from compiling import SIZE, clips, network, run_to
 from tiny_recurrent import read
 
-from passes.calibrate_ranges import FUNCTIONS
 from vmq.clips import Clip
 from vmq.errors import PassError
 from vmq.graph import Graph
 from vmq.pipeline import Context
+from vmq.quant import FUNCTIONS
 from vmq.runtime import Session
 
 

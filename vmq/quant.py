@@ -9,7 +9,7 @@ and QDrop initialise (Li et al. 2021; Wei et al. 2022).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,19 @@ BINS = 2048
 """Resolution of the histogram that ranges are searched on: eight bins for each 8-bit step."""
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny) * 2**24
 """No scale is smaller: x / scale and scale * scale stay finite and normal."""
+
+
+def _hard_sigmoid(x: NDArray[Any], alpha: float = 0.2, beta: float = 0.5) -> NDArray[Any]:
+    return np.clip(alpha * x + beta, 0.0, 1.0)
+
+
+FUNCTIONS: Mapping[str, Callable[..., NDArray[Any]]] = {
+    "HardSigmoid": _hard_sigmoid,
+    "HardSwish": lambda x: x * _hard_sigmoid(x, 1.0 / 6.0, 0.5),
+    "Sigmoid": lambda x: 0.5 * np.tanh(0.5 * x) + 0.5,
+    "Tanh": np.tanh,
+}
+"""Elementwise functions that ranges are searched through, as numpy on float32."""
 
 
 def quantize(x: NDArray[Any], scale: NDArray[Any] | float, zero_point: NDArray[Any] | int, spec: QuantSpec,

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from vmq.errors import MediaError
 from vmq.graph import Graph
+from vmq.quant import FUNCTIONS
 from vmq.runtime import Session
 
 UNCALIBRATED = "insert_qdq"
@@ -127,9 +128,14 @@ def _alphas(session: Session, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def _tensors(float_path: Path, last_path: Path, frames: NDArray[np.uint8]) -> list[dict[str, Any]]:
-    """SQNR of every value that both graphs compute in float, worst first."""
+    """SQNR of every value that both graphs compute in float, worst first.
+
+    What only a saturating function reads is left out: its range is chosen for the function's result, which is
+    there, and its own ratio says nothing.
+    """
     exact, ours = Graph.load(float_path), Graph.load(last_path)
-    there = {v.name for n in exact.nodes for v in n.outputs if v.dtype is None or v.dtype == np.float32}
+    there = {v.name for n in exact.nodes for v in n.outputs if (v.dtype is None or v.dtype == np.float32)
+             and not (v.outputs and all(r.op in FUNCTIONS for r in v.outputs))}
     # A value that is quantized is read behind its last DQ; the name of the value before stays the name of both.
     reads: dict[str, str] = {}
     for node in ours.nodes:
