@@ -72,22 +72,20 @@ def inspect_dump(folder: Path, progress: Callable[[str, float], None] = lambda _
     pipeline = _read(folder)
     frames = _probe(folder)
     dumps = [(e, folder / e["model"]) for e in pipeline["passes"] if e["model"]]
-    float_graph, want = folder / "00_input.onnx", None
     names = [e["name"] for e, _ in dumps]
-    last_float = [path for (entry, path), name in zip(dumps, names, strict=True)
-                  if UNCALIBRATED in names and names.index(name) < names.index(UNCALIBRATED)]
-    float_graph = last_float[-1] if last_float else float_graph
-    ratio = _ratio(folder)
-    want = _alphas(Session(float_graph, downsample_ratio=ratio), frames)
+    floats = names.index(UNCALIBRATED) if UNCALIBRATED in names else len(names)
+    float_path = dumps[floats - 1][1] if floats else folder / "00_input.onnx"
+    how: dict[str, Any] = {"downsample_ratio": _ratio(folder), "pairs": pipeline["options"]["pairs"]}
+    want = np.stack(list(Session(float_path, **how).alphas(frames)))
     scores: dict[str, float] = {}
     for index, (entry, path) in enumerate(dumps):
         if entry["name"] != UNCALIBRATED:
-            got = _alphas(Session(path, downsample_ratio=ratio), frames)
+            got = np.stack(list(Session(path, **how).alphas(frames)))
             scores[entry["name"]] = float(np.abs(got - want).mean()) * 1e3
         progress("scoring the dumps", (index + 1) / (len(dumps) + 1))
     passes = [{"name": e["name"], "modified": e["modified"], "seconds": e["seconds"],
                "alpha_MAD": scores.get(e["name"])} for e in pipeline["passes"]]
-    tensors = _tensors(float_graph, dumps[-1][1], frames) if scores else []
+    tensors = _tensors(float_path, dumps[-1][1], frames, how) if scores else []
     progress("scoring the dumps", 1.0)
     closures, notes = [], []
     for entry in pipeline["passes"]:
@@ -123,11 +121,8 @@ def _ratio(folder: Path) -> float:
     return 1.0
 
 
-def _alphas(session: Session, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
-    return np.stack(list(session.alphas(frames)))
-
-
-def _tensors(float_path: Path, last_path: Path, frames: NDArray[np.uint8]) -> list[dict[str, Any]]:
+def _tensors(float_path: Path, last_path: Path, frames: NDArray[np.uint8], how: dict[str, Any],
+             ) -> list[dict[str, Any]]:
     """SQNR of every value that both graphs compute in float, worst first.
 
     What only a saturating function reads is left out: its range is chosen for the function's result, which is
@@ -143,8 +138,8 @@ def _tensors(float_path: Path, last_path: Path, frames: NDArray[np.uint8]) -> li
             if value.name in there:
                 reads[value.name] = _behind_quantizers(value).name
     names = sorted(reads)
-    one = Session(exact, extra=names)
-    two = Session(ours, extra=[reads[n] for n in names], optimize=False)
+    one = Session(exact, extra=names, **how)
+    two = Session(ours, extra=[reads[n] for n in names], optimize=False, **how)
     signal, noise = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     for frame in frames:
         a, b = one.step(frame), two.step(frame)
