@@ -248,6 +248,9 @@ class TestBadInput:
                 vmq.compile(model, calib=[footage], output=output, observers=[Started()])
         assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
+    def test_one_path_is_a_path(self, footage: Path):
+        assert vmq.compile(network(), calib=str(footage)).results["calibrate_ranges"].report["frames"] > 0
+
     def test_an_existing_file_survives_a_failed_compile(self, footage: Path, tmp_path: Path):
         out = tmp_path / "out.onnx"
         out.write_bytes(b"precious")

@@ -208,7 +208,7 @@ def test_bad_arguments(output: Path, tmp_path: Path) -> None:
         fetch("modnet", output)
     with pytest.raises(OptionError, match="release, npm"):
         fetch("rvm", output, "ftp")  # type: ignore[arg-type]
-    with pytest.raises(OutputError, match="no folder"):
+    with pytest.raises(OutputError, match="there is no folder"):
         fetch("rvm", tmp_path / "nowhere" / "rvm.onnx")
     with pytest.raises(OutputError, match="is a folder"):
         fetch("rvm", tmp_path)

