@@ -266,7 +266,7 @@ def test_bad_models(here: Path, capsys: pytest.CaptureFixture[str], kind: str, c
 
 BAD_CLIPS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing.mp4": (lambda path: None, "does not exist"),  # noqa: ARG005
-    "empty.mp4": (Path.touch, "cannot be decoded as a video"),
+    "empty.mp4": (Path.touch, "is empty (0 bytes)"),
     "text.mp4": (lambda path: path.write_text("no video\n" * 50), "cannot be decoded as a video"),
     "folder": (Path.mkdir, "holds no frames"),
     "notes.txt": (lambda path: path.write_text("hello"), "neither a video nor a picture"),
@@ -379,6 +379,12 @@ def test_no_memory_and_no_space(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "out of memory" in fails(capsys, "passes")
     raising(monkeypatch, OSError(errno.ENOSPC, "No space left on device", "x.onnx"))
     assert "no space left for x.onnx" in fails(capsys, "passes")
+
+
+@pytest.mark.usefixtures("here")
+def test_a_file_that_the_system_refuses(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    raising(monkeypatch, PermissionError(errno.EACCES, "Permission denied", "closed/com"))
+    assert "closed/com: Permission denied; check its name and permissions" in fails(capsys, "passes")
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("a bug"), PermissionError(errno.EACCES, "odd")])

@@ -121,6 +121,7 @@ def test_recipes_that_are_not_there(tmp_path: Path) -> None:
     ({"downsample_ratio": 1.5}, "--downsample-ratio 1.5"),
     ({"downsample_ratio": float("nan")}, "--downsample-ratio nan"),
     ({"keep": {"first": 6}}, "--keep first=6: give 4 or 8 bits"),
+    ({"seed": -1}, "--seed -1: give 0 or more"),
 ])
 def test_bad_options(option: dict[str, Any], said: str) -> None:
     with pytest.raises(OptionError) as error:

@@ -43,9 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoryError:
         return _fail("out of memory: use smaller frames or fewer clips")
     except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            return _fail(f"no space left for {error.filename or 'a file'}: make room and run it again")
+        if error.filename is None:
             raise
-        return _fail(f"no space left for {error.filename or 'a file'}: make room and run it again")
+        return _fail(f"{error.filename}: {error.strerror}; check its name and permissions")
     return 0
 
 
@@ -209,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
                        "vmq compile rvm.onnx --bits w4a8 --calib footage/ -o rvm_w4a8.onnx")
     add = compile_.add_argument
     add("model", type=Path, metavar="MODEL", help="an ONNX file")
-    add("--bits", default="8", metavar="8|4|w4a8", help="width of weights and activations (default: 8)")
+    add("--bits", default="8", metavar="8|4|w4a8|w8a4", help="width of weights and activations (default: 8)")
     add("--recipe", default="mse", metavar="NAME|FILE.toml", help="how parameters are found (default: mse)")
     add("--calib", nargs="+", default=[], type=Path, metavar="PATH",
         help="footage to calibrate on: videos, folders of frames, folders with com/ and pha/ (default: built-in "

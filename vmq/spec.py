@@ -238,6 +238,8 @@ class Options:
             raise OptionError(f"--size {self.size[1]}x{self.size[0]} is out of range; give 16 to 16384 pixels a side")
         if self.downsample_ratio is not None and not 0.0 < self.downsample_ratio <= 1.0:
             raise OptionError(f"--downsample-ratio {self.downsample_ratio} is out of range; give above 0 to 1")
+        if self.seed < 0:
+            raise OptionError(f"--seed {self.seed}: give 0 or more")
         for what, bits in self.keep.items():
             if bits not in (4, 8):
                 raise OptionError(f"--keep {what}={bits}: give 4 or 8 bits")
