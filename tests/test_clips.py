@@ -176,7 +176,7 @@ def test_bad_media_are_named_with_what_to_do(tmp_path: Path, capfd: pytest.Captu
     for name, words in {
         "missing.mp4": "does not exist: give a video",
         "empty": "holds no frames",
-        "empty.mp4": "cannot be decoded as a video",
+        "empty.mp4": "is empty",
         "garbage.mp4": "cannot be decoded as a video",
         "cut.mp4": "cannot be decoded as a video",
         "text.txt": "neither a video nor a picture",

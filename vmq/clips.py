@@ -259,10 +259,7 @@ def _images(name: str, pictures: list[Path], truth: list[Path] | None, size: Siz
 
 def _read_image(path: Path, mode: int) -> Frame:
     """Decode a picture; a truncated one, which OpenCV would fill up with grey, is an error."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise MediaError(f"{path} cannot be read ({error.strerror}): check the file") from error
+    data = _content(path)
     truncated = (data.startswith(b"\xff\xd8") and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")) or (
         data.startswith(b"\x89PNG") and b"IEND" not in data
     )
@@ -276,6 +273,15 @@ def _read_image(path: Path, mode: int) -> Frame:
     return cast(Frame, image)
 
 
+def _content(path: Path, most: int = -1) -> bytes:
+    """All of a file, or its first bytes."""
+    try:
+        with path.open("rb") as file:
+            return file.read(most)
+    except OSError as error:
+        raise MediaError(f"{path} cannot be read ({error.strerror}): check the file") from error
+
+
 def _video(path: Path, size: Size | None) -> Clip:
     with _capture(path) as capture:
         opened = capture.isOpened()
@@ -283,6 +289,8 @@ def _video(path: Path, size: Size | None) -> Clip:
         fps = capture.get(cv2.CAP_PROP_FPS)
         announced = capture.get(cv2.CAP_PROP_FRAME_COUNT)
     if not opened:
+        if not _content(path, 1):
+            raise MediaError(f"{path} is empty (0 bytes): replace or remove the file")
         raise MediaError(f"{path} cannot be decoded as a video: re-encode it, say as H.264 .mp4")
     if not ok:
         raise MediaError(f"{path} is a video without a single frame that can be decoded: check the file")
@@ -397,7 +405,8 @@ class Writer:
                 )
             if not self._video.isOpened():
                 self._abandon()
-                raise OutputError(f"{path} cannot be an mp4 of {_words(size)}: name a folder to get PNGs")
+                raise OutputError(f"{path} cannot be an mp4 of {_words(size)}, or the disk is full: make room, or name "
+                                  "a folder to get PNGs")
 
     def write(self, frame: Frame) -> None:
         """Append a frame, uint8: [3,H,W] RGB, or [H,W] grey."""
