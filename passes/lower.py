@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from vmq import __version__
+from vmq.errors import ModelError
 from vmq.graph import Constant, Graph
 from vmq.pipeline import Context, Pass, PassResult
 from vmq.quant import quantize
@@ -35,6 +36,11 @@ class Lower(Pass):
     """Store weights as integers, 4-bit activations as uint8 with Clip(0, 15); write the metadata."""
 
     name: ClassVar[str] = "lower"
+
+    def requires(self, graph: Graph, context: Context) -> None:
+        if not any(n.op == "QuantizeLinear" for n in graph.nodes):
+            raise ModelError("nothing in the model can be quantized: it has no "
+                             f"{', '.join(sorted(context.options.target.compute))} with constant weights")
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         context.found["lower"] = graph.copy()       # what the emitted model is verified against
@@ -59,7 +65,7 @@ class Lower(Pass):
 
 
 def _store(graph: Graph, node: Any, spec: QuantSpec, container: str) -> None:
-    """Replace a constant's Q by the integers it gives."""
+    """Replace a constant's Q by the integers it gives; 4-bit constants are weights, and so signed."""
     constant, scale, zero = node.inputs
     integers = quantize(np.asarray(constant.values), np.asarray(scale.values),
                         np.asarray(zero.values).astype(np.int32), spec)
@@ -67,14 +73,12 @@ def _store(graph: Graph, node: Any, spec: QuantSpec, container: str) -> None:
     if spec.bits == 8 or container == "int4":
         stored = graph.constant(result.name, integers.astype(spec.dtype))
     else:
-        wide = np.int8 if spec.signed else np.uint8
-        stored = graph.constant(result.name, integers.astype(spec.dtype if container == "int4cast" else wide))
-        zeros = graph.constant("zero", np.asarray(zero.values).astype(wide))
+        stored = graph.constant(result.name, integers.astype(spec.dtype if container == "int4cast" else np.int8))
+        zeros = graph.constant("zero", np.asarray(zero.values).astype(np.int8))
         for reader in readers:
             reader.inputs[2] = zeros
         if container == "int4cast":
-            stored = graph.add("Cast", [stored], f"{result.name}_cast", {"to": INT8 if spec.signed else 2},
-                               constant.shape, wide)
+            stored = graph.add("Cast", [stored], f"{result.name}_cast", {"to": INT8}, constant.shape, np.int8)
     for reader in readers:
         reader.inputs[0] = stored
     graph.remove(node)
@@ -83,19 +87,13 @@ def _store(graph: Graph, node: Any, spec: QuantSpec, container: str) -> None:
 def _saturate(graph: Graph, node: Any, limits: list[Any]) -> None:
     """Move a 4-bit activation quantizer onto uint8, clipped to the 4-bit grid."""
     result, readers = node.outputs[0], list(node.outputs[0].outputs)
-    wide = _wide_zero(graph, node.inputs[2])
+    wide = graph.constant("zero", np.asarray(node.inputs[2].values).astype(np.uint8))
     node.inputs[2] = wide
     result.dtype = np.dtype(np.uint8)
     clipped = graph.add("Clip", [result, *limits], f"{result.name}_clip", {}, result.shape, np.uint8)
     for reader in readers:
         reader.inputs[0] = clipped
         reader.inputs[2] = wide
-
-
-def _wide_zero(graph: Graph, zero: Any) -> Any:
-    if np.dtype(zero.dtype) == np.uint8:
-        return zero
-    return graph.constant("zero", np.asarray(zero.values).astype(np.uint8))
 
 
 def _metadata(context: Context, container: str) -> dict[str, str]:

@@ -7,7 +7,9 @@ import json
 import numpy as np
 import pytest
 from compiling import clips, network, optimized_ops, run_to
+from tiny_recurrent import read
 
+from vmq.errors import ModelError
 from vmq.graph import Graph
 from vmq.runtime import STATES_KEY, Session
 
@@ -34,6 +36,13 @@ def test_weights_are_stored_as_asked(container: str, stored: str):
     kinds = {c.dtype.name for c in graph.constants() if len(c.shape or ()) == 4 and c.shape[0] > 1}
     assert stored in kinds
     assert ("Cast" in {n.op for n in graph.nodes}) == (container == "int4cast")
+
+
+def test_a_model_without_layers_is_refused():
+    with pytest.raises(ModelError, match="nothing in the model can be quantized: it has no Conv, Gemm, MatMul"):
+        run_to("lower", read("""(float[1,3,32,48] src) => (float[1,1,32,48] pha) {
+            red, pha, blue = Split <axis = 1, num_outputs = 3> (src)
+        }"""))
 
 
 def test_a_4_bit_activation_never_leaves_its_16_levels():
