@@ -148,6 +148,9 @@ def test_models_that_take_no_frame() -> None:
     with pytest.raises(ModelError, match=r"no input \[1,3,H,W\]"):
         session(onnx.parser.parse_model("""<ir_version: 10, opset_import: ["": 21]> m (float[1, 4] x)
             => (float[1, 4] y) { y = Relu (x) }"""))
+    with pytest.raises(ModelError, match=r"no input \[1,3,H,W\] for a frame; its inputs are x \[2, 3, 4, 4\]"):
+        session(onnx.parser.parse_model("""<ir_version: 10, opset_import: ["": 21]> m (float[2, 3, 4, 4] x)
+            => (float[2, 3, 4, 4] y) { y = Relu (x) }"""))
     with pytest.raises(ModelError, match=r"input other .* is neither frame, state nor downsample ratio"):
         session(onnx.parser.parse_model("""<ir_version: 10, opset_import: ["": 21]> m
             (float[1, 3, 4, 4] x, float[1, 5, 4, 4] other) => (float[1, 8, 4, 4] y)

@@ -102,7 +102,12 @@ class Session:
             for name in self._states}
 
     def step(self, frame: NDArray[np.uint8]) -> dict[str, Array]:
-        """Run one frame, uint8 [3,H,W] RGB, and keep the new state. Returns all outputs by name, [1,C,H,W]."""
+        """Run one frame, uint8 [3,H,W] RGB, and keep the new state. Returns all outputs by name, [1,C,H,W].
+
+        Raises:
+            MediaError: the frame is not of the size that the model takes.
+            ModelError: the model does not run at this size.
+        """
         height, width = self.size
         if frame.ndim != 3 or frame.shape[0] != 3 or height not in (None, frame.shape[1]) \
                 or width not in (None, frame.shape[2]):
@@ -134,7 +139,7 @@ class Session:
         return outputs
 
     def alpha_of(self, outputs: Mapping[str, Array]) -> NDArray[np.float32]:
-        """Alpha out of what `step` returned: float32 [H,W] in 0..1."""
+        """Alpha out of what `step` returned: float32 [H,W] in 0..1; ModelError where the model has none."""
         if 1 not in self._pictures:
             raise ModelError(f"{self.label} has no output [1,1,H,W] of the frame's size that could be alpha; "
                              f"its outputs are {', '.join(self._candidates)}")
@@ -154,7 +159,8 @@ class Session:
 
     def _find_frame(self) -> str:
         frames = [n for n, shape in self._shapes.items()
-                  if n not in self._states and len(shape) == 4 and shape[1] in (3, None) and self._types[n]]
+                  if n not in self._states and len(shape) == 4 and shape[0] in (1, None) and shape[1] in (3, None)
+                  and self._types[n]]
         exact = [n for n in frames if self._shapes[n][1] == 3]
         if not frames:
             raise ModelError(f"{self.label} has no input [1,3,H,W] for a frame; its inputs are "
@@ -194,6 +200,7 @@ def create_session(graph: Graph, *, threads: int = 0, optimize: bool = True, ext
 
     Raises:
         ModelError: ONNX Runtime does not take the graph.
+        OptionError: `threads` is negative.
     """
     if threads < 0:
         raise OptionError(f"--threads {threads}: give 0 (all) or more")
