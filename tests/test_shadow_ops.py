@@ -365,7 +365,7 @@ def _reduce(draw: Draw, op: str) -> Case:
     x = noise(draw, shape, 0.3) if op == "ReduceLogSum" else noise(draw, shape)
     attrs: dict[str, Any] = {"keepdims": draw(st.integers(0, 1))}
     axes = draw(st.sampled_from([None, some_axes(draw, len(shape))]))
-    if draw(st.booleans()) and not (op == "ReduceSum"):
+    if draw(st.booleans()) and op != "ReduceSum":
         return Case([x], attrs=attrs if axes is None else attrs | {"axes": axes}, opset=12, rtol=1e-5)
     attrs["noop_with_empty_axes"] = draw(st.integers(0, 1)) if axes or op == "ReduceSum" else 0
     return Case([x], [] if axes is None else [int64(*axes)], attrs, 18, rtol=1e-5)
@@ -627,6 +627,6 @@ def test_as_in_onnx_runtime(op: str):
     ("Relu", {"new_in_opset_99": 7}, 1, "attribute new_in_opset_99 7"),
 ])
 def test_refused_by_name(op: str, attrs: dict[str, Any], outputs: int, said: str):
-    with pytest.raises(ModelError, match=f"node 'here' \\({op}, opset 21\\): {said}.* is not supported") as caught:
+    with pytest.raises(ModelError, match=f"node 'here' \\({op}, opset 21\\): .*{said}.* is not supported") as caught:
         Call(op, "here", attrs, 21, outputs).build()
     assert "\n" not in str(caught.value)
