@@ -73,12 +73,10 @@ class Operands:
     Attributes:
         activations: indices of inputs that are activations.
         weight: index of the weight, quantized with one scale per output channel when it is constant.
-        bias: index of the bias, int32 with scale (activation scale x weight scale), or None.
     """
 
     activations: tuple[int, ...]
     weight: int
-    bias: int | None
 
 
 @dataclass(frozen=True)
@@ -104,9 +102,9 @@ TARGETS: Mapping[str, Target] = MappingProxyType({
     "cpu": Target(
         name="cpu",
         compute=MappingProxyType({
-            "Conv": Operands((0,), 1, 2),
-            "MatMul": Operands((0, 1), 1, None),
-            "Gemm": Operands((0, 1), 1, 2),
+            "Conv": Operands((0,), 1),
+            "MatMul": Operands((0, 1), 1),
+            "Gemm": Operands((0, 1), 1),
         }),
         carriers=frozenset({"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu"}),
         movers=frozenset({"Split", "Slice", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "MaxPool"}),
