@@ -14,7 +14,7 @@ import numpy as np
 from vmq.errors import ModelError, OptionError
 from vmq.graph import Graph
 from vmq.pipeline import Context, Pass, PassResult
-from vmq.runtime import Session
+from vmq.runtime import Session, default_ratio
 
 DEFAULT_SIZE = (288, 512)
 """(height, width) where neither the model nor the user says: the size that RVM is evaluated at."""
@@ -34,7 +34,7 @@ class BindShapes(Pass):
         if options.downsample_ratio is not None and not ratio_inputs:
             raise OptionError("--downsample-ratio was given, but the model has no input for it; leave it out, or "
                               "export the model with a ratio")
-        ratio = options.downsample_ratio or min(1.0, 512 / max(size))
+        ratio = options.downsample_ratio or default_ratio(size)
         wanted = {frame.name: [1, 3, *size]}
         shapes = {v.name: list(v.shape or ()) for v in graph.inputs}
         for pair in session.state_pairs:

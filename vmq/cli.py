@@ -217,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
         help="footage to calibrate on: videos, folders of frames, folders with com/ and pha/ (default: built-in "
              "synthetic clips, which are less like your footage than your footage)")
     add("--size", metavar="WxH", help="frame size to compile for (default: the model's own, or 512x288)")
-    add("--downsample-ratio", type=float, metavar="R", help="for models that take one, above 0 to 1")
+    _ratio(compile_)
     add("--target", default="cpu", help="where the model will run: cpu (default)")
     add("--container", default="int4cast", metavar="int4cast|int8|int4",
         help="how 4-bit weights are stored: int4cast (default), int8 for older runtimes, int4 the textbook form")

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from vmq.clips import Clip, Frame, Size, open_camera, open_clips, open_writer, to_float
 from vmq.errors import MediaError, ModelError, OptionError
 from vmq.progress import Report, silent
-from vmq.runtime import Session
+from vmq.runtime import Session, default_ratio
 
 Picture = NDArray[np.float32]
 """Floats 0..1, [H,W] or [3,H,W]."""
@@ -38,9 +38,6 @@ COLORS = {
 
 KINDS = ("composite", "alpha", "foreground")
 """What `matte` can write."""
-
-RATIO_PIXELS = 512
-"""A model with a downsample ratio works on frames whose longer side has this many pixels, if not told otherwise."""
 
 
 def open_source(text: str) -> Clip:
@@ -88,13 +85,13 @@ def set_ratio(session: Session, size: Size, ratio: float | None) -> None:
     Args:
         session: left as it is if its model takes none.
         size: (H, W) of the frames to come.
-        ratio: above 0 to 1; None for one that brings the longer side down to RATIO_PIXELS.
+        ratio: above 0 to 1; None for `default_ratio`.
 
     Raises:
         OptionError: the ratio is out of range.
     """
     if session.takes_ratio:
-        session.downsample_ratio = min(1.0, RATIO_PIXELS / max(size)) if ratio is None else ratio
+        session.downsample_ratio = default_ratio(size) if ratio is None else ratio
 
 
 def matte(session: Session, clip: Clip, output: Path, *, kind: str = "composite", background: str = "green",

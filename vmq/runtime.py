@@ -25,11 +25,19 @@ from vmq.states import StatePair, pair_states
 STATES_KEY = "vmq.states"
 """Metadata key under which a compiled model names its state pairs, as JSON {input: output}."""
 
+RATIO_PIXELS = 512
+"""A model with a downsample ratio works on frames whose longer side has this many pixels, if not told otherwise."""
+
 Array = NDArray[Any]
 
 ort.set_default_logger_severity(3)
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+
+
+def default_ratio(size: tuple[int, int]) -> float:
+    """The downsample ratio for frames of `size` (H, W): it brings the longer side down to RATIO_PIXELS."""
+    return min(1.0, RATIO_PIXELS / max(size))
 
 
 class Session:
