@@ -1,8 +1,8 @@
 """Read a dump: what each pass did to the alpha, and which tensors lost most.
 
 The alpha error of a dump is its mean |alpha - float alpha| x 1e3 over the probe frames, in closed loop; a
-tensor's signal-to-noise ratio compares its values in the last dump that still has them with those of the float
-graph, both in closed loop:
+tensor's signal-to-noise ratio compares its values in the last dump, read behind their quantizer, with those of the
+float graph, both in closed loop:
 
     SQNR = 10 log10( sum x^2 / sum (x - x')^2 )    in dB
 """
@@ -36,6 +36,7 @@ class Inspection:
             calibrated yet).
         closures: node names of each recurrent closure.
         tensors: name and sqnr_db, worst first.
+        notes: what the passes noted, with the pass's name before it.
     """
 
     passes: list[dict[str, Any]]
