@@ -323,6 +323,26 @@ def test_a_block_runs_on_its_own():
         shadow.run(tensors({"src": feeds["src"]}), ["pha"])
 
 
+def test_weights_are_quantized_once_for_all_frames():
+    graph = network()
+    run_to("lower", graph, "4")
+    shadow = Shadow(graph)
+    fixed = shadow.fixed_values()
+    convs = [n for n in graph.nodes if n.op == "Conv"]
+    assert {v.name for n in convs for v in n.inputs[1:]} - {c.name for c in graph.constants()} <= set(fixed)
+    scales = [n.inputs[1].inputs[0].inputs[1].name for n in convs if n.inputs[1].inputs]
+    parameters = [shadow.parameter(s).requires_grad_() for s in scales]
+    assert len(parameters) > 5
+    feeds = tensors({v.name: np.full(v.shape, 0.4, np.float32) for v in graph.inputs})
+    held = shadow.run({}, fixed)
+    here, there = shadow(feeds), shadow.run({**feeds, **held}, ["fgr", "pha", "s"])
+    for name, value in here.items():
+        assert torch.equal(there[name], value)
+    for a, b in zip(*(torch.autograd.grad(o["s"].sum(), parameters, allow_unused=True) for o in (here, there)),
+                    strict=True):
+        assert a is b is None or torch.equal(a, b)
+
+
 def test_values_go_after_their_last_use():
     graph = network()
     run_to("calibrate_ranges", graph, "8")

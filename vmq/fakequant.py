@@ -13,9 +13,9 @@ behind a Relu has a step of its own and asks for no other zero point.
 
 from __future__ import annotations
 
-from math import inf
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -96,12 +96,12 @@ def along(parameter: Tensor, x: Tensor, axis: int | None) -> Tensor:
 
 def grid_scale(scale: Tensor) -> Tensor:
     """A learned scale as it is used: not below the smallest."""
-    return scale.clamp(min=SMALLEST_SCALE)
+    return scale.detach().clamp(min=SMALLEST_SCALE)
 
 
 def grid_zero(zero: Tensor, spec: QuantSpec) -> Tensor:
     """A learned zero point as it is used: an integer of the grid, as a float."""
-    return zero.round().clamp(spec.qmin, spec.qmax)
+    return zero.detach().round().clamp_(spec.qmin, spec.qmax)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -111,50 +111,64 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec, limits: tuple[int, int],
                 gain: float) -> Tensor:
         s, z = along(grid_scale(scale), x, spec.axis), along(grid_zero(zero, spec), x, spec.axis)
-        low, high = limits[0] - z, limits[1] - z
         y = torch.div(x, s).round_()
-        y = y.clamp_(low.item(), high.item()) if s.numel() == 1 else y.clamp_(low, high)
+        if s.ndim:
+            low, high = limits[0] - z, limits[1] - z
+            y.clamp_(low, high)
+            ctx.inside = _InsideEach(low * s, high * s)
+        else:
+            first, last = (limit - z.item() for limit in limits)
+            y.clamp_(first, last)
+            ctx.inside = _Inside(first * s.item(), last * s.item(), x.dtype)
         y.mul_(s)
-        ctx.save_for_backward(x, y, s, low * s, high * s)
+        ctx.save_for_backward(x, y, s)
         ctx.shape, ctx.gain = scale.shape, gain
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gy,), (x, y, s, low, high) = gradients, ctx.saved_tensors
+        (gy,), (x, y, s), inside = gradients, ctx.saved_tensors, ctx.inside
         _, wants_scale, wants_zero = ctx.needs_input_grad[:3]
-        inside = _Inside(x, low, high)
-        gx = inside(gy)
+        gx = inside(gy, x)
         gscale = gzero = None
         if wants_scale:
-            moved = inside(x).neg_().add_(y)                # k - v inside, k outside; times scale
-            gscale = (_dot(gy, moved, s) / s * ctx.gain).reshape(ctx.shape)
+            moved = inside(x, x)
+            torch.sub(y, moved, out=moved)                  # k - v inside, k outside; times scale
+            gscale = (inside.dot(gy, moved, s) / s).mul_(ctx.gain).reshape(ctx.shape)
         if wants_zero:
-            gzero = ((_sum(gx, s) - _sum(gy, s)) * s * ctx.gain).reshape(ctx.shape)
+            gzero = (inside.sum(gx, s) - inside.sum(gy, s)).mul_(s).mul_(ctx.gain).reshape(ctx.shape)
         return gx, gscale, gzero, None, None, None
 
 
 class _Inside:
-    """Takes a tensor's values where low <= x <= high, and 0 elsewhere."""
+    """Takes a tensor's values where low <= x <= high, and 0 elsewhere, in one pass; one range for all."""
 
-    def __init__(self, x: Tensor, low: Tensor, high: Tensor) -> None:
-        self.x, self.bounds = x, None
-        if low.numel() == 1:                                # one pass; the open interval that holds low and high
-            ends = torch.nextafter(torch.stack((low.flatten(), high.flatten())), low.new_tensor([[-inf], [inf]]))
-            self.bounds = ends.flatten().tolist()
-        else:
-            self.mask = (x >= low).logical_and_(x <= high)
+    def __init__(self, low: float, high: float, dtype: torch.dtype) -> None:
+        kind = np.float64 if dtype == torch.float64 else np.float32
+        self.low = float(np.nextafter(kind(low), kind(-np.inf)))        # the open interval that holds both
+        self.high = float(np.nextafter(kind(high), kind(np.inf)))
 
-    def __call__(self, values: Tensor) -> Tensor:
-        if self.bounds:
-            return torch.ops.aten.hardtanh_backward(values, self.x, *self.bounds)
-        return values * self.mask
+    def __call__(self, values: Tensor, x: Tensor) -> Tensor:
+        return torch.ops.aten.hardtanh_backward(values, x, self.low, self.high)
 
+    def dot(self, a: Tensor, b: Tensor, _: Tensor) -> Tensor:
+        return torch.dot(a.flatten(), b.flatten())
 
-def _dot(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
-    """sum a * b, for each channel that `like` has."""
-    return torch.dot(a.flatten(), b.flatten()) if like.numel() == 1 else (a * b).sum_to_size(like.shape)
+    def sum(self, a: Tensor, _: Tensor) -> Tensor:
+        return a.sum()
 
 
-def _sum(a: Tensor, like: Tensor) -> Tensor:
-    return a.sum() if like.numel() == 1 else a.sum_to_size(like.shape)
+class _InsideEach:
+    """The same for one range a channel; sums are those of each channel."""
+
+    def __init__(self, low: Tensor, high: Tensor) -> None:
+        self.low, self.high = low, high
+
+    def __call__(self, values: Tensor, x: Tensor) -> Tensor:
+        return values * (x >= self.low).logical_and_(x <= self.high)
+
+    def dot(self, a: Tensor, b: Tensor, like: Tensor) -> Tensor:
+        return (a * b).sum_to_size(like.shape)
+
+    def sum(self, a: Tensor, like: Tensor) -> Tensor:
+        return a.sum_to_size(like.shape)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vmq.errors import ModelError
 from vmq.fakequant import FakeQuantize, dequantize, grid_scale, grid_zero
 from vmq.graph import Constant, Graph
+from vmq.quant import SMALLEST_SCALE
 from vmq.shadow_ops import HOST_INPUTS, Call, to_tensor
 from vmq.spec import QuantSpec
 
@@ -56,19 +57,22 @@ class Shadow(nn.Module):
         self.graph = graph
         self.quantizers: dict[str, Callable[[Tensor], Tensor]] = {}
         self._constants = {c.name: c for c in graph.constants()}
-        self._same = _tied_constants(graph)
-        self._specs: dict[str, QuantSpec] = {}        # of zero points, by name
-        self._scales: set[str] = set()
+        self._keys: dict[str, str] = {}               # constants, by name: their parameters and buffers, by name
         self._host: dict[str, Tensor] = {}            # constants that only describe shapes
-        self._keys: dict[str, str] = {}               # names of constants to names of parameters and buffers
-        self._zeros: dict[str, str] = {}              # names of zero points to names of parameters
+        self._zeros: dict[str, tuple[str, QuantSpec]] = {}    # zero points: their parameters and grids
+        self._scales: set[str] = set()
+        tied = _tied_constants(graph)
         for constant in self._constants.values():
-            self._register(constant)
-        self._steps = [self._step(node) for node in graph.nodes]
+            if constant.name not in tied:
+                self._register(constant)
+        for name, first in tied.items():
+            self._keys[name] = self._keys[first]
+            if first in self._zeros:
+                self._zeros[name] = self._zeros[first]
         self._outputs = tuple(v.name for v in graph.outputs)
+        self._steps = [self._step(node) for node in graph.nodes]
         self._plans: dict[tuple[frozenset[str], tuple[str, ...]], list[tuple[_Step, tuple[str, ...]]]] = {}
-        used = {id(s) for s, _ in self._plan(frozenset(v.name for v in graph.inputs), self._outputs)}
-        self._used = [s for s in self._steps if id(s) in used]
+        self._used = [s for s, _ in self._plan(frozenset(v.name for v in graph.inputs), self._outputs)]
 
     # -- running ------------------------------------------------------------------------------------
 
@@ -107,6 +111,20 @@ class Shadow(nn.Module):
         read = {name for s in self._used if s.node not in nodes for name in s.inputs} | set(self._outputs)
         inputs = dict.fromkeys(n for s in inner for n in s.inputs if n and n not in made and n not in self._constants)
         return tuple(inputs), tuple(n for s in inner for n in s.outputs if n in read)
+
+    def fixed_values(self) -> tuple[str, ...]:
+        """Values that depend on constants alone, such as quantized weights, where other values are made with them.
+
+        Over the frames of a clip they are the same: `run({}, shadow.fixed_values())` once, and give them to each frame.
+        """
+        fixed: set[str] = set()
+        read: dict[str, None] = {}
+        for step in self._used:
+            if all(n in fixed or n in self._constants or not n for n in step.inputs):
+                fixed.update(step.outputs)
+            else:
+                read |= dict.fromkeys(n for n in step.inputs if n in fixed)
+        return tuple(read)
 
     def _plan(self, given: frozenset[str], wanted: Sequence[str]) -> list[tuple[_Step, tuple[str, ...]]]:
         """The steps that lead from what is given to what is wanted, each with the values that it is the last to use."""
@@ -154,7 +172,7 @@ class Shadow(nn.Module):
         Raises:
             KeyError: there is no such constant.
         """
-        parameter = getattr(self, self._zeros.get(name) or self._keys[name])
+        parameter = getattr(self, self._zeros[name][0] if name in self._zeros else self._keys[name])
         if not isinstance(parameter, nn.Parameter):
             raise KeyError(name)
         return parameter
@@ -166,11 +184,12 @@ class Shadow(nn.Module):
         """
         changed = 0
         for name, constant in self._constants.items():
-            if name not in self._zeros and not isinstance(getattr(self, self._keys.get(name, ""), None), nn.Parameter):
+            try:
+                value = self.parameter(name).detach()
+            except KeyError:
                 continue
-            value = self.parameter(name).detach()
             if name in self._zeros:
-                value = grid_zero(value, self._specs[name])
+                value = grid_zero(value, self._zeros[name][1])
             elif name in self._scales:
                 value = grid_scale(value)
             array = value.cpu().numpy().astype(constant.dtype)
@@ -179,94 +198,72 @@ class Shadow(nn.Module):
         return changed
 
     def _register(self, constant: Any) -> None:
-        """Hold a constant as a parameter, a buffer or a tensor on the host; once for constants that are tied."""
-        name, root = constant.name, self._same.get(constant.name, constant.name)
-        if root != name:
-            self._register(self._constants[root])
-            for keys in (self._keys, self._zeros):
-                if root in keys:
-                    keys[name] = keys[root]
-            if root in self._specs:
-                self._specs[name] = self._specs[root]
-            return
-        if name in self._keys or name in self._host:
-            return
+        """Hold a constant as a parameter, a buffer or a tensor on the host."""
         try:
             tensor = to_tensor(constant.values)
         except TypeError as error:
-            raise ModelError(f"constant {name!r} is of type {constant.dtype}, which the differentiable shadow does not "
-                             "support; export the model in float32") from error
-        index = len(self._keys)
-        if tensor.is_floating_point():
-            self._keys[name] = f"constant_{index}"
-            self.register_parameter(f"constant_{index}", nn.Parameter(tensor, requires_grad=False))
-            return
+            raise ModelError(f"constant {constant.name!r} is of type {constant.dtype}, which the differentiable shadow "
+                             "does not support; export the model in float32") from error
+        key = f"constant_{len(self._keys)}"
         if all(n.op in HOST_INPUTS and n.inputs[0] is not constant for n in constant.outputs):
-            self._host[name] = tensor
-        else:
-            self._keys[name] = f"constant_{index}"
-            self.register_buffer(f"constant_{index}", tensor, persistent=False)
-        if any(n.op in _LINEAR and len(n.inputs) > 2 and n.inputs[2] is constant for n in constant.outputs) \
-                and np.dtype(constant.dtype).name in _GRIDS:
-            self._zeros[name] = f"zero_{index}"
-            self._specs[name] = QuantSpec.of(constant.dtype)
-            self.register_parameter(f"zero_{index}", nn.Parameter(tensor.float(), requires_grad=False))
+            self._host[constant.name] = tensor
+            return
+        self._keys[constant.name] = key
+        if tensor.is_floating_point():
+            self.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
+            return
+        self.register_buffer(key, tensor, persistent=False)
+        if np.dtype(constant.dtype).name in _GRIDS and any(
+                n.op in _LINEAR and len(n.inputs) > 2 and n.inputs[2] is constant for n in constant.outputs):
+            self._zeros[constant.name] = f"{key}_learned", QuantSpec.of(constant.dtype)
+            self.register_parameter(f"{key}_learned", nn.Parameter(tensor.float(), requires_grad=False))
 
     # -- steps --------------------------------------------------------------------------------------
 
     def _step(self, node: Any) -> _Step:
-        read = [o for o in node.outputs if o.name and (o.outputs or any(o is v for v in self.graph.outputs))]
-        count = max((i + 1 for i, o in enumerate(node.outputs) if any(o is r for r in read)), default=1)
+        read = [bool(o.name) and bool(o.outputs or o.name in self._outputs) for o in node.outputs]
+        count = max((i for i, r in enumerate(read, 1) if r), default=1)
         call = Call(node.op, node.name, node.attrs, self.graph.opset, count)
-        inputs, outputs = [v.name for v in node.inputs], tuple(v.name for v in node.outputs)
+        inputs, outputs = tuple(v.name for v in node.inputs), tuple(v.name for v in node.outputs)
         if node.op not in _LINEAR:
-            return _Step(node.name, node.op, tuple(inputs), outputs, call.build())
-        axis = call.take("axis", 1)
-        call.expect("block_size", 0), call.expect("saturate", 1)
+            return _Step(node.name, node.op, inputs, outputs, call.build())
         scale, zero = node.inputs[1], (*node.inputs[2:], None)[0]
         for what, value in (("scale", scale), ("zero point", zero)):
             if value is not None and not isinstance(value, Constant):
                 call.refuse(f"a {what} that is computed")
+        axis = call.take("axis", 1) if scale.values.size > 1 else None
+        call.expect("block_size", 0)
         self._scales.add(scale.name)
-        axis = axis if len(scale.shape or ()) == 1 and scale.shape != (1,) else None
+        quantize, limits = node, None
         if node.op == "DequantizeLinear":
             fused = _quantizer_of(node)
             if fused is None:
-                return _Step(node.name, node.op, (inputs[0],), outputs, self._dequantize(scale, zero, axis))
+                return _Step(node.name, node.op, inputs[:1], outputs, self._dequantize(scale, zero, axis))
             quantize, limits = fused
-            spec = self._spec(quantize, axis, call)
-            self.quantizers[outputs[0]] = self._fake_quantize(scale, zero, spec, limits)
-            return _Step(node.name, node.op, (quantize.inputs[0].name,), outputs,
-                         lambda x: self.quantizers[outputs[0]](x))
-        quantizer = self._fake_quantize(scale, zero, self._spec(node, axis, call), None)
-        return _Step(node.name, node.op, (inputs[0],), outputs, quantizer.steps)
+        quantizer = self._fake_quantize(scale, zero, axis, limits, call)
+        if node.op == "QuantizeLinear":
+            return _Step(node.name, node.op, inputs[:1], outputs, quantizer.steps)
+        name = outputs[0]
+        self.quantizers[name] = quantizer
+        return _Step(node.name, node.op, (quantize.inputs[0].name,), outputs, lambda x: self.quantizers[name](x))
 
-    def _spec(self, node: Any, axis: int | None, call: Call) -> QuantSpec:
-        dtype = node.inputs[2].dtype if len(node.inputs) > 2 else np.uint8
-        kind = call.take("output_dtype", 0)
-        if len(node.inputs) < 3 and kind:
-            call.refuse(f"output_dtype {kind} without a zero point")
-        if np.dtype(dtype).name not in _GRIDS:
-            call.refuse(f"a zero point of type {np.dtype(dtype).name}")
-        return QuantSpec.of(dtype, axis)
-
-    def _zero(self, zero: Any, like: nn.Parameter) -> nn.Parameter:
-        if zero is None:
-            return nn.Parameter(torch.zeros_like(like), requires_grad=False)
-        return self.parameter(zero.name)
-
-    def _fake_quantize(self, scale: Any, zero: Any, spec: QuantSpec, limits: tuple[int, int] | None) -> FakeQuantize:
+    def _fake_quantize(self, scale: Any, zero: Any, axis: int | None, limits: tuple[int, int] | None, call: Call,
+                       ) -> FakeQuantize:
         parameter = self.parameter(scale.name)
-        return FakeQuantize(parameter, self._zero(zero, parameter), spec, limits)
+        if zero is None:
+            call.expect("output_dtype", 0)
+            return FakeQuantize(parameter, nn.Parameter(torch.zeros_like(parameter), requires_grad=False),
+                                QuantSpec(8, False, axis), limits)
+        if zero.name not in self._zeros:
+            call.refuse(f"a zero point of type {np.dtype(zero.dtype).name}")
+        return FakeQuantize(parameter, self.parameter(zero.name), QuantSpec.of(zero.dtype, axis), limits)
 
     def _dequantize(self, scale: Any, zero: Any, axis: int | None) -> Callable[[Tensor], Tensor]:
         def run(steps: Tensor) -> Tensor:
-            shift = None
+            shift = None if zero is None else getattr(self, self._keys[zero.name])
             if zero is not None and zero.name in self._zeros:
-                shift = grid_zero(self.parameter(zero.name), self._specs[zero.name])
-            elif zero is not None:
-                shift = self._read(zero.name, {})
-            return dequantize(steps, self.parameter(scale.name), shift, axis)
+                shift = grid_zero(self.parameter(zero.name), self._zeros[zero.name][1])
+            return dequantize(steps, self.parameter(scale.name).clamp(min=SMALLEST_SCALE), shift, axis)
         return run
 
 
