@@ -14,9 +14,10 @@ from onnx_text import load, run
 
 from vmq.clips import Clip
 from vmq.dump import PROBE_FRAMES, Dump
-from vmq.errors import OutputError, PassError
+from vmq.errors import MediaError, OutputError, PassError
 from vmq.graph import Graph
 from vmq.pipeline import Context, Pass, PassResult, run_passes
+from vmq.report import inspect_dump
 from vmq.spec import Options
 from vmq.synthetic import synthetic_clips
 from vmq.text import format_graph
@@ -154,6 +155,13 @@ def test_foreign_folders_are_refused(tmp_path: Path, foreign: str, content: str)
     assert "\n" not in str(error.value)
     assert names(tmp_path) == [foreign]
     assert (tmp_path / foreign).read_text() == content
+
+
+@pytest.mark.parametrize("content", ["[1]", "null", '{"finished": true}', '{"finished": true, "passes": []}'])
+def test_a_pipeline_file_of_another_kind_is_no_dump(tmp_path: Path, content: str) -> None:
+    (tmp_path / "pipeline.json").write_text(content)
+    with pytest.raises(MediaError, match=r"is not a dump \(no readable pipeline\.json\)"):
+        inspect_dump(tmp_path)
 
 
 def test_nothing_outside_the_folder_is_deleted(tmp_path: Path) -> None:

@@ -99,10 +99,11 @@ def inspect_dump(folder: Path, progress: Callable[[str, float], None] = lambda _
 def _read(folder: Path) -> dict[str, Any]:
     try:
         pipeline: dict[str, Any] = json.loads((folder / "pipeline.json").read_text())
-    except (OSError, ValueError) as error:
+        finished, _, _ = (pipeline[key] for key in ("finished", "passes", "options"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise MediaError(f"{folder} is not a dump (no readable pipeline.json); make one with "
                          "`vmq compile MODEL --dump DIR`") from error
-    if not pipeline.get("finished"):
+    if not finished:
         raise MediaError(f"{folder} is the dump of a compile that did not finish; its *.failed.json says why")
     return pipeline
 
