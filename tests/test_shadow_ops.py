@@ -288,9 +288,9 @@ def _pool(draw: Draw, op: str) -> Case:
     attrs, sizes = window(draw, kernel, dilated=op == "MaxPool")
     if op == "AveragePool":
         attrs["count_include_pad"] = draw(st.integers(0, 1))
-    if attrs.get("auto_pad", "NOTSET") == "NOTSET" and not any(attrs["pads"]):
-        attrs["ceil_mode"] = draw(st.integers(0, 1))
-        attrs["strides"] = [min(s, k) for s, k in zip(attrs["strides"], kernel, strict=True)]
+    if "pads" in attrs and draw(st.booleans()):
+        attrs["pads"] = [draw(st.integers(0, k // 2)) for k in kernel] * 2
+        attrs["ceil_mode"] = 1
     return Case([noise(draw, [1, 2, *sizes])], attrs=attrs | {"kernel_shape": kernel},
                 opset=draw(st.sampled_from([12, 21])))
 
@@ -586,7 +586,10 @@ def _resize(draw: Draw, _: str) -> Case:
         attrs |= draw(st.sampled_from([{}, {"cubic_coeff_a": -0.5}, {"exclude_outside": 1}]))
     h, w = dims(draw, 2, 2, 2, 9)
     x = noise(draw, [1, 2, h, w])
-    if draw(st.booleans()):
+    form = draw(st.sampled_from(["scales", "sizes", "axes"]))
+    if form == "axes":
+        return Case([x], [None, None, int64(*dims(draw, 2, 2, 1, 12))], attrs | {"axes": [2, -1]}, rtol=1e-5)
+    if form == "scales":
         scales = [draw(st.sampled_from([0.5, 1.0, 1.5, 2.0, 2.5, 0.75, 4.0])) for _ in range(2)]
         opset = draw(st.sampled_from([12, 21]))
         roi = np.zeros(0, np.float32) if opset == 12 else None
@@ -630,3 +633,10 @@ def test_refused_by_name(op: str, attrs: dict[str, Any], outputs: int, said: str
     with pytest.raises(ModelError, match=f"node 'here' \\({op}, opset 21\\): .*{said}.* is not supported") as caught:
         Call(op, "here", attrs, 21, outputs).build()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("op", ["MaxPool", "AveragePool"])
+def test_rounding_up_behind_uneven_pads_is_refused(op: str):
+    run = Call(op, "here", {"kernel_shape": [2], "strides": [2], "pads": [0, 1], "ceil_mode": 1}, 21).build()
+    with pytest.raises(ModelError, match=r"node 'here' .* ceil_mode with pads \[0, 1\] for a window of \[2\]"):
+        run(torch.zeros(1, 1, 8))

@@ -151,9 +151,10 @@ class Shadow(nn.Module):
         return getattr(self, self._keys[name]) if name else None
 
     def _call(self, step: _Step, arguments: list[Any]) -> Sequence[Tensor]:
-        first = next((a for a in arguments if a is not None), None)
-        if first is not None and first.device.type != "cpu" and step.op not in HOST_INPUTS:
-            arguments = [a if a is None else a.to(first.device) for a in arguments]
+        devices = {a.device for a in arguments if a is not None}
+        if len(devices) > 1 and step.op not in HOST_INPUTS:       # constants and shapes start on the host
+            device = next(d for d in devices if d.type != "cpu")
+            arguments = [a if a is None else a.to(device) for a in arguments]
         try:
             results = step.run(*arguments)
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
@@ -163,6 +164,9 @@ class Shadow(nn.Module):
             raise ModelError(f"node {step.node!r} ({step.op}) does not work on {shapes}: "
                              f"{' '.join(str(error).split())[:200]}") from error
         return [results] if isinstance(results, Tensor) else results
+
+    def __deepcopy__(self, memo: Any) -> Shadow:
+        raise TypeError("a Shadow is tied to its graph; build another one with Shadow(graph.copy())")
 
     # -- parameters ---------------------------------------------------------------------------------
 

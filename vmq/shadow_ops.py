@@ -142,8 +142,8 @@ OPS |= {name: _plain(run) for name, run in {
     "Mul": torch.mul, "Neg": torch.neg, "Not": torch.logical_not, "Or": torch.logical_or,
     "Pow": lambda x, y: torch.pow(x, y).to(x.dtype), "PRelu": lambda x, slope: torch.where(x < 0, x * slope, x),
     "Reciprocal": torch.reciprocal, "Relu": torch.relu, "Round": torch.round, "Sigmoid": torch.sigmoid,
-    "Sign": torch.sign, "Sin": torch.sin, "Softplus": lambda x: F.softplus(x, threshold=1e9),
-    "Softsign": F.softsign, "Sqrt": torch.sqrt, "Sub": torch.sub, "Sum": _fold(torch.add), "Tanh": torch.tanh,
+    "Sign": torch.sign, "Sin": torch.sin, "Softplus": F.softplus, "Softsign": F.softsign,
+    "Sqrt": torch.sqrt, "Sub": torch.sub, "Sum": _fold(torch.add), "Tanh": torch.tanh,
     "Where": torch.where, "Xor": torch.logical_xor,
     "MatMul": torch.matmul, "Size": lambda x: torch.tensor(x.numel()),
     "GlobalAveragePool": lambda x: x.mean(tuple(range(2, x.ndim)), keepdim=True),
@@ -169,7 +169,12 @@ def _dropout(call: Call) -> Run:
     call.take("ratio"), call.take("seed")
     if call.outputs > 1:
         call.refuse("its mask")
-    return lambda x, *_: x
+
+    def run(x: Tensor, _ratio: Tensor | None = None, training: Tensor | None = None) -> Tensor:
+        if training is not None and training.item():
+            call.refuse("training_mode")
+        return x
+    return run
 
 
 @_op("Elu", "LeakyRelu", "HardSigmoid", "Celu", "ThresholdedRelu")
@@ -264,22 +269,16 @@ class _Window:
         return strides, dilations, (self._pads if self.auto == "NOTSET" else None) or [0] * (2 * rank)
 
 
-def _symmetric(x: Tensor, pads: Sequence[int], value: float = 0.0) -> tuple[Tensor, list[int]]:
-    """What torch's layers take: one pad for both ends of an axis, with `x` padded by hand where they differ."""
-    half = len(pads) // 2
-    if list(pads[:half]) == list(pads[half:]):
-        return x, list(pads[:half])
-    return F.pad(x, _torch_pads(pads), value=value), [0] * half
-
-
 @_op("Conv")
 def _conv(call: Call) -> Run:
     window, group = _Window(call), call.take("group", 1)
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         strides, dilations, pads = window.over(x, weight.shape[2:])
-        x, pads = _symmetric(x, pads)
-        return _CONVS[weight.ndim - 3](x, weight, bias, strides, pads, dilations, group)
+        half = len(strides)
+        if pads[:half] != pads[half:]:
+            x, pads = F.pad(x, _torch_pads(pads)), [0] * half
+        return _CONVS[weight.ndim - 3](x, weight, bias, strides, pads[:half], dilations, group)
     return run
 
 
@@ -299,6 +298,15 @@ def _conv_transpose(call: Call) -> Run:
     return run
 
 
+def _fits(pads: Sequence[int], kernel: Sequence[int], up: bool, call: Call) -> bool:
+    """Whether torch's pools take these pads; if not, they are put on by hand, which leaves no edge to round up to."""
+    half = len(kernel)
+    fits = list(pads[:half]) == list(pads[half:]) and all(p <= k // 2 for p, k in zip(pads, kernel, strict=False))
+    if up and not fits:
+        call.refuse(f"ceil_mode with pads {list(pads)} for a window of {list(kernel)}")
+    return fits
+
+
 @_op("MaxPool")
 def _max_pool(call: Call) -> Run:
     window, up = _Window(call), bool(call.take("ceil_mode", 0))
@@ -308,11 +316,10 @@ def _max_pool(call: Call) -> Run:
 
     def run(x: Tensor) -> Tensor:
         strides, dilations, pads = window.over(x, window.kernel)
-        if any(p > k // 2 for p, k in zip(pads, window.kernel * 2, strict=True)):
-            x, pads = F.pad(x, _torch_pads(pads), value=-inf), [0] * len(pads)
-        x, pads = _symmetric(x, pads, -inf)
         pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[x.ndim - 3]
-        return pool(x, window.kernel, strides, pads, dilations, up)
+        if _fits(pads, window.kernel, up, call):
+            return pool(x, window.kernel, strides, pads[:len(strides)], dilations, up)
+        return pool(F.pad(x, _torch_pads(pads), value=-inf), window.kernel, strides, 0, dilations)
     return run
 
 
@@ -325,17 +332,13 @@ def _average_pool(call: Call) -> Run:
         strides, dilations, pads = window.over(x, window.kernel)
         if any(d != 1 for d in dilations):
             call.refuse(f"dilations {dilations}")
-        half = len(strides)
         pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[x.ndim - 3]
-        if not any(pads) or (pads[:half] == pads[half:] and all(
-                p <= k // 2 for p, k in zip(pads[:half], window.kernel, strict=True))):
-            return pool(x, window.kernel, strides, pads[:half], up, whole)
-        padded = F.pad(x, _torch_pads(pads))
-        mean = pool(padded, window.kernel, strides, 0, up, True)
+        if _fits(pads, window.kernel, up, call):
+            return pool(x, window.kernel, strides, pads[:len(strides)], up, whole)
+        mean = pool(F.pad(x, _torch_pads(pads)), window.kernel, strides)
         if whole:
             return mean
-        inside = F.pad(torch.ones_like(x[:1, :1]), _torch_pads(pads))
-        return mean / pool(inside, window.kernel, strides, 0, up, True)
+        return mean / pool(F.pad(torch.ones_like(x[:1, :1]), _torch_pads(pads)), window.kernel, strides)
     return run
 
 
