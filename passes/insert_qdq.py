@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from vmq.errors import OptionError
+from vmq.errors import ModelError, OptionError
 from vmq.graph import Constant, Graph
 from vmq.layers import compute_nodes, kinds_of, tail_nodes, weight_axis, weight_of
 from vmq.pipeline import Context, Pass, PassResult
@@ -36,6 +36,11 @@ class InsertQdq(Pass):
     """Put Q/DQ pairs where the target has integer kernels; the float graph is kept as the reference."""
 
     name: ClassVar[str] = "insert_qdq"
+
+    def requires(self, graph: Graph, context: Context) -> None:
+        if not compute_nodes(graph, context.options.target):
+            raise ModelError("nothing in the model can be quantized: it has no "
+                             f"{', '.join(sorted(context.options.target.compute))} with constant weights")
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         graph.infer_shapes()
@@ -55,6 +60,9 @@ class _Placement:
         self.graph, self.options, self.target = graph, options, options.target
         self.kinds = kinds_of(graph, self.target, state_outputs, recurrent)
         self.float_nodes = tail_nodes(graph, self.target, state_outputs) | _differences(graph)
+        for node in compute_nodes(graph, self.target):
+            if node.outputs[0].outputs and all(r.name in self.float_nodes for r in node.outputs[0].outputs):
+                self.kinds[node.name].add("last")          # what it gives is not quantized: a refiner's input, too
         self.bits = {name: self._bits_of(name, kinds) for name, kinds in self.kinds.items()
                      if name not in self.float_nodes}
         for what in options.keep:

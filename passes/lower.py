@@ -19,7 +19,6 @@ import ml_dtypes
 import numpy as np
 
 from vmq import __version__
-from vmq.errors import ModelError
 from vmq.graph import Constant, Graph
 from vmq.pipeline import Context, Pass, PassResult
 from vmq.quant import quantize
@@ -36,11 +35,6 @@ class Lower(Pass):
     """Store weights as integers, 4-bit activations as uint8 with Clip(0, 15); write the metadata."""
 
     name: ClassVar[str] = "lower"
-
-    def requires(self, graph: Graph, context: Context) -> None:
-        if not any(n.op == "QuantizeLinear" for n in graph.nodes):
-            raise ModelError("nothing in the model can be quantized: it has no "
-                             f"{', '.join(sorted(context.options.target.compute))} with constant weights")
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         context.found["lower"] = graph.copy()       # what the emitted model is verified against

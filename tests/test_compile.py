@@ -282,3 +282,11 @@ def test_the_function_is_not_shadowed_by_a_module():
     assert vmq.compile is vmq.compiler.compile
     assert callable(vmq.compile)
     assert sorted(vmq.__all__) == ["Result", "__version__", "compile"]
+
+
+def test_footage_of_another_shape_is_squeezed_and_said(tmp_path: Path):
+    for name, size in (("wide", (32, 96)), ("same", (64, 96))):
+        save_pictures(tmp_path / name, clips(1, 2, size)[0].frames())
+    result = vmq.compile(network(), calib=[tmp_path / "wide", tmp_path / "same"])
+    assert result.squeezed == ("wide",)
+    assert "calibration frames of wide have another shape" in "\n".join(result.lines())

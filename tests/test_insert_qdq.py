@@ -130,3 +130,28 @@ def test_nothing_depends_on_names():
     for g in (graph, renamed):
         run_to("insert_qdq", g, "4")
     assert [n.op for n in graph.nodes] == [n.op for n in renamed.nodes]
+
+
+def test_a_layer_whose_result_is_not_quantized_counts_as_last():
+    """A refiner's averages stay float, so the head before them keeps 8 bits as the last layer does."""
+    graph = read("""(float[1,3,8,8] src, float[4,3,3,3] w0, float[4,4,3,3] w1, float[4,1,3,3] w2, float[4,4,1,1] w3,
+                     float[4,4,1,1] w4, float[1,4,1,1] w5) => (float[1,1,8,8] pha) {
+        a = Conv <pads = [1,1,1,1]> (src, w0)
+        b = Relu (a)
+        y = Conv <pads = [1,1,1,1]> (b, w1)
+        square = Mul (y, y)
+        mean_of_square = Conv <pads = [1,1,1,1], group = 4> (square, w2)
+        mean = Conv <pads = [1,1,1,1], group = 4> (y, w2)
+        square_of_mean = Mul (mean, mean)
+        variance = Sub (mean_of_square, square_of_mean)
+        c = Conv (variance, w3)
+        d = Relu (c)
+        e = Conv (d, w4)
+        f = Relu (e)
+        pha = Conv (f, w5)
+    }""")
+    graph.value("w2").values = np.full((4, 1, 3, 3), 1 / 9, np.float32)
+    run_to("insert_qdq", graph, "4", footage=[])
+    widths = {n.outputs[0].name: n.inputs[1].inputs[0].inputs[2].dtype.name for n in graph.nodes
+              if n.op == "Conv" and n.inputs[1].inputs}
+    assert widths == {"a": "int8", "y": "int8", "c": "int4", "e": "int4", "pha": "int8"}

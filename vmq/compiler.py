@@ -33,6 +33,7 @@ class Result:
         size_bytes: size of the quantized model as a file.
         input_bytes: size of the model that went in, as a file.
         synthetic: True when the built-in clips were used for want of footage.
+        squeezed: names of calibration clips of another shape than the model's frames.
     """
 
     graph: Graph
@@ -41,11 +42,12 @@ class Result:
     size_bytes: int
     input_bytes: int
     synthetic: bool
+    squeezed: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The result in plain JSON types."""
         return {"path": str(self.path) if self.path else None, "size_bytes": self.size_bytes,
-                "input_bytes": self.input_bytes, "metadata": self.graph.metadata, "synthetic": self.synthetic,
+                "input_bytes": self.input_bytes, "metadata": self.graph.metadata, "synthetic": self.synthetic, "squeezed": list(self.squeezed),
                 "passes": {name: {"modified": r.modified, "notes": list(r.notes), "report": r.report}
                            for name, r in self.results.items()}}
 
@@ -56,18 +58,21 @@ class Result:
         loops = checked["MAD_to_float"]
         lines = []
         if self.path:
-            lines.append(f"wrote {self.path}: {self.size_bytes / 1e6:.2f} MB, "
-                         f"{self.input_bytes / self.size_bytes:.1f} x smaller than the {self.input_bytes / 1e6:.2f} MB "
-                         "that went in")
+            lines.append(f"wrote {self.path}: {self.size_bytes / 1e6:.2f} MB; the model that went in has "
+                         f"{self.input_bytes / 1e6:.2f} MB, {self.input_bytes / self.size_bytes:.1f} x as much")
         pairs = ", ".join(f"{s['input']} -> {s['output']}" for s in states)
         lines.append(f"recurrent states: {pairs or 'none found'}")
         lines.append(f"quantized {placed['layers']} layers, {placed['weights']} weights, {placed['activations']} "
-                     f"activations; wider than nominal: {_wider(placed['wider'])}")
+                     f"activations; wider than nominal: "
+                     f"{_short([f'{name} {bits}' for name, bits in placed['wider'].items()]) or 'nothing'}")
         lines.append(f"alpha against float, MAD x 1e3 over {loops['frames']:.0f} calibration frames: "
                      f"{loops['closed']:.2f} in closed loop, {loops['open']:.2f} on float states")
         lines.append("against the last float-typed graph, optimizations off: the same bits; optimized: "
                      f"{checked['optimized_alpha_differs']:.2%} of 8-bit alpha values differ by rounding")
         lines += [f"note: {name}: {note}" for name, r in self.results.items() for note in r.notes]
+        if self.squeezed:
+            lines.append(f"calibration frames of {_short(self.squeezed)} have another shape than the model's and were "
+                         "squeezed; footage of its shape, or --size of theirs, is better")
         if self.synthetic:
             lines.append("calibrated on the built-in synthetic clips; your own footage (--calib) is better")
         return lines
@@ -115,7 +120,7 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
     if output is not None:
         _check_output(Path(output), model)
     input_bytes = Path(model).stat().st_size if isinstance(model, (str, os.PathLike)) else len(graph.to_bytes())
-    clips = _clips(graph, options, calib)
+    clips, squeezed = _clips(graph, options, calib)
     context = Context(options, clips, progress=progress)
     watchers = [*observers, *([Dump(Path(dump), command)] if dump is not None else [])]
     results = run_passes(graph, PIPELINE, context, watchers)
@@ -123,7 +128,7 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
         graph.save(output)
     return Result(graph, Path(output) if output is not None else None,
                   {p.name: r for p, r in zip(PIPELINE, results, strict=True)}, len(graph.to_bytes()), input_bytes,
-                  synthetic=not calib)
+                  synthetic=not calib, squeezed=squeezed)
 
 
 def _check_output(path: Path, model: Any) -> None:
@@ -154,12 +159,16 @@ def _target(name: str) -> Any:
     return TARGETS[name]
 
 
-def _clips(graph: Graph, options: Options, calib: Sequence[str | os.PathLike[str]]) -> list[Clip]:
-    """Calibration clips at the size that the model will have."""
+def _clips(graph: Graph, options: Options, calib: Sequence[str | os.PathLike[str]],
+           ) -> tuple[list[Clip], tuple[str, ...]]:
+    """Calibration clips at the size that the model will have, and the names of those squeezed for it."""
     height, width = _frame_size(graph, options)
-    if calib:
-        return open_clips([Path(p) for p in calib], (height, width))
-    return synthetic_clips((height, width), seed=options.seed)
+    if not calib:
+        return synthetic_clips((height, width), seed=options.seed), ()
+    paths = [Path(p) for p in calib]
+    shapes = {c.name: c.size[1] / c.size[0] for c in open_clips(paths)}
+    squeezed = tuple(name for name, shape in shapes.items() if not 0.9 < shape * height / width < 1.1)
+    return open_clips(paths, (height, width)), squeezed
 
 
 def _frame_size(graph: Graph, options: Options) -> tuple[int, int]:
@@ -167,9 +176,6 @@ def _frame_size(graph: Graph, options: Options) -> tuple[int, int]:
     return frame_size(next(v for v in graph.inputs if v.name == session.frame_input), options.size)
 
 
-def _wider(wider: Mapping[str, str]) -> str:
-    """A short account of what is wider than nominal: names up to six, then a count."""
-    if not wider:
-        return "nothing"
-    named = [f"{name} {bits}" for name, bits in wider.items()]
-    return ", ".join(named[:6]) + (f" and {len(named) - 6} more" if len(named) > 6 else "")
+def _short(names: Sequence[str]) -> str:
+    """Names up to six, then a count."""
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

@@ -54,7 +54,8 @@ class Inspection:
         for entry in self.passes:
             score = "" if entry["alpha_MAD"] is None else f"{entry['alpha_MAD']:.3f}"
             lines.append(f"{entry['name']:<20}{entry['modified']:>8}{entry['seconds']:>9.2f}{score:>11}")
-        lines.append("alpha MAD: mean |alpha - float alpha| x 1e3 over the probe frames, closed loop")
+        lines.append("alpha MAD: mean |alpha - float alpha| x 1e3 over the probe frames, closed loop, optimized (where "
+                     "integer kernels come in, rounding moves it a little)")
         lines += ["", f"recurrent closures: {len(self.closures)}"
                   + (f" of {', '.join(str(len(c)) for c in self.closures)} nodes" if self.closures else "")]
         lines += ["", f"{'SQNR dB':>8}  tensor (worst {min(tensors, len(self.tensors))} of {len(self.tensors)})"]
