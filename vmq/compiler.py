@@ -47,7 +47,8 @@ class Result:
     def to_json(self) -> dict[str, Any]:
         """The result in plain JSON types."""
         return {"path": str(self.path) if self.path else None, "size_bytes": self.size_bytes,
-                "input_bytes": self.input_bytes, "metadata": self.graph.metadata, "synthetic": self.synthetic, "squeezed": list(self.squeezed),
+                "input_bytes": self.input_bytes, "metadata": self.graph.metadata, "synthetic": self.synthetic,
+                "squeezed": list(self.squeezed),
                 "passes": {name: {"modified": r.modified, "notes": list(r.notes), "report": r.report}
                            for name, r in self.results.items()}}
 
