@@ -129,10 +129,9 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gy,), (x, y, s), inside = gradients, ctx.saved_tensors, ctx.inside
         _, wants_scale, wants_zero = ctx.needs_input_grad[:3]
-        gx = inside(gy, x)
+        gx, *rest = inside(x, gy, x) if wants_scale else inside(x, gy)
         gscale = gzero = None
-        if wants_scale:
-            moved = inside(x, x)
+        for moved in rest:
             torch.sub(y, moved, out=moved)                  # k - v inside, k outside; times scale
             gscale = (inside.dot(gy, moved, s) / s).mul_(ctx.gain).reshape(ctx.shape)
         if wants_zero:
@@ -141,15 +140,15 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 class _Inside:
-    """Takes a tensor's values where low <= x <= high, and 0 elsewhere, in one pass; one range for all."""
+    """The values of tensors where low <= x <= high, and 0 elsewhere, in one pass; one range for all."""
 
     def __init__(self, low: float, high: float, dtype: torch.dtype) -> None:
         kind = np.float64 if dtype == torch.float64 else np.float32
         self.low = float(np.nextafter(kind(low), kind(-np.inf)))        # the open interval that holds both
         self.high = float(np.nextafter(kind(high), kind(np.inf)))
 
-    def __call__(self, values: Tensor, x: Tensor) -> Tensor:
-        return torch.ops.aten.hardtanh_backward(values, x, self.low, self.high)
+    def __call__(self, x: Tensor, *tensors: Tensor) -> list[Tensor]:
+        return [torch.ops.aten.hardtanh_backward(t, x, self.low, self.high) for t in tensors]
 
     def dot(self, a: Tensor, b: Tensor, _: Tensor) -> Tensor:
         return torch.dot(a.flatten(), b.flatten())
@@ -164,8 +163,9 @@ class _InsideEach:
     def __init__(self, low: Tensor, high: Tensor) -> None:
         self.low, self.high = low, high
 
-    def __call__(self, values: Tensor, x: Tensor) -> Tensor:
-        return values * (x >= self.low).logical_and_(x <= self.high)
+    def __call__(self, x: Tensor, *tensors: Tensor) -> list[Tensor]:
+        mask = (x >= self.low).logical_and_(x <= self.high)
+        return [t * mask for t in tensors]
 
     def dot(self, a: Tensor, b: Tensor, like: Tensor) -> Tensor:
         return (a * b).sum_to_size(like.shape)
