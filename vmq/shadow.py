@@ -73,6 +73,10 @@ class Shadow(nn.Module):
         self._steps = [self._step(node) for node in graph.nodes]
         self._plans: dict[tuple[frozenset[str], tuple[str, ...]], list[tuple[_Step, tuple[str, ...]]]] = {}
         self._used = [s for s, _ in self._plan(frozenset(v.name for v in graph.inputs), self._outputs)]
+        self._fixed = {"", *self._constants}          # values that depend on constants alone
+        for step in self._used:
+            if self._fixed.issuperset(step.inputs):
+                self._fixed.update(step.outputs)
 
     # -- running ------------------------------------------------------------------------------------
 
@@ -85,6 +89,7 @@ class Shadow(nn.Module):
 
         Args:
             given: values by name: the model's inputs, or what a block reads from outside; nothing before them is run.
+                They also stand in for constants of the same name.
             wanted: names of the values to return, results of nodes or anything else in the graph.
 
         Raises:
@@ -105,26 +110,24 @@ class Shadow(nn.Module):
         return {name: self._read(name, values) for name in wanted}
 
     def boundary(self, nodes: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """What the nodes of these names read from outside, and which of their results are read outside."""
-        inner = [s for s in self._used if s.node in nodes]
-        made = {name for s in inner for name in s.outputs}
-        read = {name for s in self._used if s.node not in nodes for name in s.inputs} | set(self._outputs)
-        inputs = dict.fromkeys(n for s in inner for n in s.inputs if n and n not in made and n not in self._constants)
-        return tuple(inputs), tuple(n for s in inner for n in s.outputs if n in read)
+        """The edges of a block: what the nodes of these names read from outside, and what others read of them.
+
+        Quantized weights are no such values: `run` computes them from their constants, in whichever block they stand.
+        """
+        inner, outer = ([s for s in self._used if (s.node in nodes) == within] for within in (True, False))
+        made = {name for s in inner for name in s.outputs} | self._fixed
+        read = {name for s in outer for name in s.inputs}.union(self._outputs) - self._fixed
+        return (tuple(dict.fromkeys(n for s in inner for n in s.inputs if n not in made)),
+                tuple(n for s in inner for n in s.outputs if n in read))
 
     def fixed_values(self) -> tuple[str, ...]:
-        """Values that depend on constants alone, such as quantized weights, where other values are made with them.
+        """Values that depend on constants alone and that others are made with, such as quantized weights.
 
         Over the frames of a clip they are the same: `run({}, shadow.fixed_values())` once, and give them to each frame.
         """
-        fixed: set[str] = set()
-        read: dict[str, None] = {}
-        for step in self._used:
-            if all(n in fixed or n in self._constants or not n for n in step.inputs):
-                fixed.update(step.outputs)
-            else:
-                read |= dict.fromkeys(n for n in step.inputs if n in fixed)
-        return tuple(read)
+        return tuple(dict.fromkeys(
+            n for s in self._used if not self._fixed.issuperset(s.inputs)
+            for n in s.inputs if n in self._fixed and n and n not in self._constants))
 
     def _plan(self, given: frozenset[str], wanted: Sequence[str]) -> list[tuple[_Step, tuple[str, ...]]]:
         """The steps that lead from what is given to what is wanted, each with the values that it is the last to use."""
