@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from vmq.clips import Clip, open_camera, open_clips, open_writer, to_float
+from vmq.clips import Clip, open_camera, open_clips, open_writer, sample_clips, to_float
 from vmq.errors import MediaError, OutputError
 
 Frame = NDArray[np.uint8]
@@ -303,3 +306,40 @@ def test_the_shared_sets_open(shared: Path) -> None:
     assert len(clips) == 16
     assert sum(len(clip) for clip in clips if clip.has_alpha) == 256
     assert {clip.size for clip in clips} == {(288, 512)}
+
+
+def counted(name: str, length: int) -> Clip:
+    """A clip whose frames, and mattes, are their numbers."""
+    def read(start: int, stop: int | None) -> Iterator[Frame]:
+        return (np.full((3, 2, 2), n % 256, np.uint8) for n in range(length)[start:stop])
+
+    return Clip(name, 25.0, (2, 2), length, read, lambda a, b: (f[0] for f in read(a, b)))
+
+
+def test_a_part_reads_its_own_frames_and_no_others() -> None:
+    part = counted("talk", 100).part(40, 50)
+    assert (part.name, len(part)) == ("talk@40", 10)
+    assert [int(f[0, 0, 0]) for f in part.frames()] == list(range(40, 50))
+    assert [int(f[0, 0, 0]) for f in part.frames(7, 99)] == [47, 48, 49]
+    alpha = part.alpha(2, 4)
+    assert alpha is not None
+    assert [int(a[0, 0]) for a in alpha] == [42, 43]
+    assert list(part.frames(10)) == []
+
+
+def test_few_frames_are_all_taken() -> None:
+    clips = [counted("a", 30), counted("b", 2)]
+    assert sample_clips(clips, 32) == clips
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=40), st.integers(1, 2000))
+def test_long_footage_is_sampled_evenly(lengths: list[int], frames: int) -> None:
+    clips = [counted(f"c{i}", n) for i, n in enumerate(lengths)]
+    parts = sample_clips(clips, frames)
+    used = sum(len(p) for p in parts)
+    assert 1 <= used <= max(frames, 0)
+    assert all(1 <= len(p) <= max(32, max(lengths) if sum(lengths) <= frames else 32) for p in parts)
+    if len(lengths) == 1 and frames >= 64 and lengths[0] > 2 * frames:
+        assert used > frames - 64                       # nearly all that is allowed
+        assert parts[0].name.endswith("@0")             # from the start
+        assert parts[-1].name.endswith(f"@{lengths[0] - 32}")    # to the end

@@ -170,6 +170,7 @@ def test_summary_and_json(footage: Path, tmp_path: Path):
     text = "\n".join(result.lines())
     assert "recurrent states: r -> s" in text
     assert "in closed loop" in text
+    assert "calibrated on 8 frames\n" in text
     assert "uint8" in text
     said = json.loads(json.dumps(result.to_json()))
     assert said["size_bytes"] == (tmp_path / "out.onnx").stat().st_size

@@ -80,7 +80,7 @@ def test_recipe_from_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("content", "said"), [
-    ("range_nrom = 2.4", "unknown key 'range_nrom'; known are bias_frames, range_norm, range_steps, samples"),
+    ("range_nrom = 2.4", "unknown key 'range_nrom'; known are bias_frames, frames, range_norm, range_steps, samples"),
     ("name = 'x'", "unknown key 'name'"),
     ("range_norm = '2.4'", "range_norm is '2.4'; give a number"),
     ("range_norm = true", "range_norm is True; give a number"),

@@ -102,6 +102,18 @@ class Clip:
         """Mattes start to stop - 1 as uint8 [H,W]; None if the clip has no alpha."""
         return None if self.read_alpha is None else self.read_alpha(*self._range(start, stop))
 
+    def part(self, start: int, stop: int) -> Clip:
+        """Frames start to stop - 1 as a clip of their own, named NAME@START."""
+        first, last = self._range(start, stop)
+        assert last is not None
+        end = last
+
+        def shifted(read: Callable[[int, int | None], Iterator[Frame]]) -> Callable[[int, int | None], Iterator[Frame]]:
+            return lambda a, b: read(min(first + a, end), end if b is None else min(first + b, end))
+
+        return replace(self, name=f"{self.name}@{first}", length=end - first, read_frames=shifted(self.read_frames),
+                       read_alpha=self.read_alpha and shifted(self.read_alpha))
+
     def _range(self, start: int, stop: int | None) -> tuple[int, int | None]:
         if start < 0 or (stop is not None and stop < 0):
             raise ValueError(f"frames are counted from 0: {start} to {stop}")
@@ -130,6 +142,21 @@ def open_clips(paths: Iterable[str | Path], size: Size | None = None) -> list[Cl
     if not clips:
         raise MediaError(f"no clip was given: give {_WANTED}")
     return _with_unique_names(clips)
+
+
+def sample_clips(clips: Sequence[Clip], frames: int, stretch: int = 32) -> list[Clip]:
+    """At most `frames` frames of the clips: all, or stretches of up to `stretch` spread evenly over them."""
+    total = sum(len(clip) for clip in clips)
+    if total <= frames:
+        return list(clips)
+    stretch = min(stretch, frames)
+    parts = []
+    for clip in clips:
+        count = min(max(1, round(frames * len(clip) / total / stretch)), max(1, len(clip) // stretch))
+        starts = np.linspace(0, max(0, len(clip) - stretch), count).astype(int)
+        parts += [clip.part(start, min(start + stretch, len(clip))) for start in starts.tolist()]
+    chosen = np.linspace(0, len(parts) - 1, min(len(parts), frames // stretch)).astype(int)
+    return [parts[index] for index in chosen.tolist()]
 
 
 def open_camera(index: int = 0, size: Size | None = None) -> Clip:

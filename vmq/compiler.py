@@ -12,7 +12,7 @@ import onnx
 
 from passes import PIPELINE
 from passes.bind_shapes import frame_size
-from vmq.clips import Clip, open_clips
+from vmq.clips import Clip, open_clips, sample_clips
 from vmq.dump import Dump
 from vmq.errors import OptionError, OutputError
 from vmq.graph import Graph, check_output
@@ -32,6 +32,7 @@ class Result:
         results: what each pass did, by its name, in order.
         size_bytes: size of the quantized model as a file.
         input_bytes: size of the model that went in, as a file.
+        frames: how many frames it was calibrated on, of how many given.
         synthetic: True when the built-in clips were used for want of footage.
         squeezed: names of calibration clips of another shape than the model's frames.
     """
@@ -41,13 +42,15 @@ class Result:
     results: Mapping[str, PassResult]
     size_bytes: int
     input_bytes: int
+    frames: tuple[int, int]
     synthetic: bool
     squeezed: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The result in plain JSON types."""
         return {"path": str(self.path) if self.path else None, "size_bytes": self.size_bytes,
-                "input_bytes": self.input_bytes, "metadata": self.graph.metadata, "synthetic": self.synthetic,
+                "input_bytes": self.input_bytes, "metadata": self.graph.metadata, "frames": list(self.frames),
+                "synthetic": self.synthetic,
                 "squeezed": list(self.squeezed),
                 "passes": {name: {"modified": r.modified, "notes": list(r.notes), "report": r.report}
                            for name, r in self.results.items()}}
@@ -66,6 +69,8 @@ class Result:
         lines.append(f"quantized {placed['layers']} layers, {placed['weights']} weights, {placed['activations']} "
                      f"activations; wider than nominal: "
                      f"{_short([f'{name} {bits}' for name, bits in placed['wider'].items()]) or 'nothing'}")
+        used, given = self.frames
+        lines.append(f"calibrated on {used} frames" + (f" in stretches out of {given}" if used < given else ""))
         lines.append(f"alpha against float, MAD x 1e3 over {loops['frames']:.0f} calibration frames: "
                      f"{loops['closed']:.2f} in closed loop, {loops['open']:.2f} on float states")
         lines.append("against the last float-typed graph, optimizations off: the same bits; optimized: "
@@ -122,14 +127,15 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
         _check_output(Path(output), model)
     input_bytes = Path(model).stat().st_size if isinstance(model, (str, os.PathLike)) else len(graph.to_bytes())
     clips, squeezed = _clips(graph, options, calib)
-    context = Context(options, clips, progress=progress)
+    sampled = sample_clips(clips, options.recipe.frames)
+    context = Context(options, sampled, progress=progress)
     watchers = [*observers, *([Dump(Path(dump), command)] if dump is not None else [])]
     results = run_passes(graph, PIPELINE, context, watchers)
     if output is not None:
         graph.save(output)
     return Result(graph, Path(output) if output is not None else None,
                   {p.name: r for p, r in zip(PIPELINE, results, strict=True)}, len(graph.to_bytes()), input_bytes,
-                  synthetic=not calib, squeezed=squeezed)
+                  frames=(sum(map(len, sampled)), sum(map(len, clips))), synthetic=not calib, squeezed=squeezed)
 
 
 def _check_output(path: Path, model: Any) -> None:

@@ -162,6 +162,7 @@ class Recipe:
         range_norm: p of the range search, which minimises the mean of |error|^p.
         range_steps: how many ranges are tried, as equal shares of the full one.
         samples: values kept of each tensor over all calibration frames.
+        frames: calibration frames at most; of longer footage, stretches spread evenly over it.
         bias_frames: frames that layers' means are compared on to correct their biases; 0 leaves biases alone.
     """
 
@@ -169,6 +170,7 @@ class Recipe:
     range_norm: float = 2.4
     range_steps: int = 100
     samples: int = 131_072
+    frames: int = 1024
     bias_frames: int = 64
 
     def __post_init__(self) -> None:
@@ -178,6 +180,8 @@ class Recipe:
             raise OptionError(f"recipe {self.name}: range_steps is {self.range_steps}; give 2 to 10000")
         if not 1024 <= self.samples <= 1 << 24:
             raise OptionError(f"recipe {self.name}: samples is {self.samples}; give 1024 to 16777216")
+        if not 1 <= self.frames <= 1 << 24:
+            raise OptionError(f"recipe {self.name}: frames is {self.frames}; give 1 to 16777216")
         if not 0 <= self.bias_frames <= 1 << 20:
             raise OptionError(f"recipe {self.name}: bias_frames is {self.bias_frames}; give 0 to 1048576")
 
@@ -197,7 +201,7 @@ class Recipe:
         except (OSError, ValueError) as error:
             raise OptionError(f"recipe {name!r} is neither one of {', '.join(shipped)} nor a readable TOML file") \
                 from error
-        kinds = {"range_norm": float, "range_steps": int, "samples": int, "bias_frames": int}
+        kinds = {"range_norm": float, "range_steps": int, "samples": int, "frames": int, "bias_frames": int}
         known = {f.name for f in fields(cls)} - {"name"}
         for key, value in table.items():
             if key not in known:
