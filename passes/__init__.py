@@ -1,5 +1,6 @@
 """The passes of the compiler, and the pipeline: read it top to bottom."""
 
+from passes.align_channels import AlignChannels
 from passes.bind_shapes import BindShapes
 from passes.calibrate_ranges import CalibrateRanges
 from passes.check_input import CheckInput
@@ -22,6 +23,7 @@ PIPELINE: tuple[Pass, ...] = (
     FoldShapes(),
     FuseHardswish(),
     FoldBatchnorm(),
+    AlignChannels(),
     FindClosures(),
     InsertQdq(),
     CalibrateRanges(),
