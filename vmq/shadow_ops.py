@@ -539,7 +539,12 @@ def _squeeze(call: Call) -> Run:
 @_op("Concat")
 def _concat(call: Call) -> Run:
     axis = call.take("axis")
-    return lambda *xs: torch.cat(xs, axis)
+
+    def run(*xs: Tensor) -> Tensor:
+        batch = max(x.shape[0] for x in xs) if axis % xs[0].dim() else 0
+        # A graph for one frame may be run on a batch of them: its constants serve every frame.
+        return torch.cat([x.expand(batch, *x.shape[1:]) if batch > x.shape[0] == 1 else x for x in xs], axis)
+    return run
 
 
 @_op("Split")
