@@ -2,6 +2,7 @@
 
 from passes.align_channels import AlignChannels
 from passes.bind_shapes import BindShapes
+from passes.calibrate_network import CalibrateNetwork
 from passes.calibrate_ranges import CalibrateRanges
 from passes.check_input import CheckInput
 from passes.correct_biases import CorrectBiases
@@ -13,6 +14,7 @@ from passes.insert_qdq import InsertQdq
 from passes.lower import Lower
 from passes.quantize_biases import QuantizeBiases
 from passes.raise_opset import RaiseOpset
+from passes.reconstruct_blocks import ReconstructBlocks
 from passes.verify import Verify
 from vmq.pipeline import Pass
 
@@ -28,6 +30,8 @@ PIPELINE: tuple[Pass, ...] = (
     InsertQdq(),
     CalibrateRanges(),
     CorrectBiases(),
+    ReconstructBlocks(),
+    CalibrateNetwork(),
     QuantizeBiases(),
     Lower(),
     Verify(),

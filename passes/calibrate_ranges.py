@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from vmq.errors import PassError
 from vmq.graph import Constant, Graph
+from vmq.layers import float_source
 from vmq.pipeline import Context, Pass, PassResult
 from vmq.quant import FUNCTIONS, search_range, search_weight_scale
 from vmq.runtime import Session
@@ -43,10 +44,10 @@ class CalibrateRanges(Pass):
             if node.op == "QuantizeLinear":
                 groups.setdefault(id(node.inputs[1]), []).append(node)
         leaders = [nodes[0] for nodes in groups.values()]
-        sources = {id(n): _source(n) for n in leaders}
+        sources = {id(n): float_source(n.inputs[0]) for n in leaders}
         renamed: dict[str, str] = context.found["insert_qdq"]
         called = {k: renamed.get(s.name, s.name) for k, s in sources.items() if not isinstance(s, Constant)}
-        names = sorted(set(called.values()))
+        names = list(dict.fromkeys(called.values()))
         observed = _observe(context.reference, names, context, recipe.samples)
 
         for index, node in enumerate(leaders):
@@ -73,10 +74,13 @@ class _Seen:
     def __init__(self, per_frame: int) -> None:
         self.low, self.high, self._per_frame, self._kept = np.inf, -np.inf, per_frame, list[NDArray[np.float32]]()
 
-    def add(self, values: NDArray[Any], rng: np.random.Generator) -> None:
+    def add(self, values: NDArray[Any], *seed: int) -> None:
+        """Keep some values of a frame: where they stand depends on the seed and the tensor's size alone."""
         flat = values.ravel()
         self.low, self.high = min(self.low, float(flat.min())), max(self.high, float(flat.max()))
-        self._kept.append(flat if flat.size <= self._per_frame else flat[rng.integers(0, flat.size, self._per_frame)])
+        if flat.size > self._per_frame:
+            flat = flat[np.random.default_rng((*seed, flat.size)).integers(0, flat.size, self._per_frame)]
+        self._kept.append(flat.astype(np.float32))
 
     @property
     def samples(self) -> NDArray[np.float32]:
@@ -85,7 +89,7 @@ class _Seen:
     @classmethod
     def of_constant(cls, constant: Any) -> _Seen:
         seen = cls(1 << 62)
-        seen.add(np.asarray(constant.values, np.float32), np.random.default_rng(0))
+        seen.add(np.asarray(constant.values, np.float32))
         return seen
 
 
@@ -95,7 +99,6 @@ def _observe(reference: Graph, names: list[str], context: Context, samples: int)
     session = Session(reference, pairs=context.options.pairs, extra=names)
     inputs = {v.name for v in reference.inputs}
     seen = {name: _Seen(max(64, samples // total)) for name in names}
-    rng = np.random.default_rng(context.options.seed)
     done = 0
     for clip in context.clips:
         session.reset()
@@ -107,18 +110,10 @@ def _observe(reference: Graph, names: list[str], context: Context, samples: int)
                 if not np.isfinite(values).all():
                     raise PassError(f"{name} becomes NaN or infinite in frame {done} of the calibration, in float "
                                     "already; check the model and the clip")
-                seen[name].add(values, rng)
+                seen[name].add(values, context.options.seed, done)
             done += 1
             context.progress("running the calibration clips", done / total)
     return seen
-
-
-def _source(node: Any) -> Any:
-    """The float value that a quantizer stands for: through Q/DQ pairs before it, to the reference's own value."""
-    value = node.inputs[0]
-    while value.inputs and value.inputs[0].op == "DequantizeLinear":
-        value = value.inputs[0].inputs[0].inputs[0].inputs[0]
-    return value
 
 
 def _reader(node: Any) -> Callable[[NDArray[np.float32]], NDArray[np.float32]] | None:

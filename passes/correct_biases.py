@@ -37,7 +37,7 @@ class CorrectBiases(Pass):
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         assert context.reference is not None
-        if not context.options.recipe.bias_frames:
+        if not context.options.recipe.correct_biases:
             return PassResult()
         names = [n.name for n in _layers(graph)]
         shifts = _mean_errors(graph, context.reference, context) if names else {}
@@ -105,6 +105,6 @@ def _mean_errors(graph: Graph, reference: Graph, context: Context) -> dict[str, 
 
 def _frames_of(context: Context) -> int:
     """Frames measured in each clip."""
-    return max(1, context.options.recipe.bias_frames // len(context.clips))
+    return max(1, context.options.effort.bias_frames // len(context.clips))
 
 

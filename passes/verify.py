@@ -23,8 +23,8 @@ from vmq.runtime import Session
 
 EXACT_FRAMES = 3
 """Frames over which emitted and last float-typed graph must agree bit for bit."""
-LOOP_CLIPS, LOOP_FRAMES = 4, 256
-"""Clips that are run in closed and open loop, and frames of them together."""
+LOOP_CLIPS = 4
+"""Clips that are run in closed and open loop."""
 COLLAPSE = 3.0
 """Closed-loop error at the end of clips, in multiples of open-loop error, that is called a collapse."""
 
@@ -83,15 +83,16 @@ def _loops(graph: Graph, reference: Graph, context: Context) -> dict[str, float]
     closed, loose = Session(graph), Session(graph)
     exact = Session(reference, pairs=context.options.pairs)
     clips = list(context.clips)[:: max(1, len(context.clips) // LOOP_CLIPS)][:LOOP_CLIPS]
+    length = context.options.effort.loop_frames
     errors: list[NDArray[np.float64]] = []
     opens: list[float] = []
     for number, clip in enumerate(clips):
         row = []
-        frames = clip.frames(0, LOOP_FRAMES // len(clips))
+        frames = clip.frames(0, length // len(clips))
         for index, (frame, want) in enumerate(_with_reference(frames, exact, closed, loose)):
             row.append(float(np.abs(closed.alpha_of(closed.step(frame)) - want).mean()) * 1e3)
             opens.append(float(np.abs(loose.alpha_of(loose.step(frame)) - want).mean()) * 1e3)
-            share = (index + 1) / min(len(clip), LOOP_FRAMES // len(clips))
+            share = (index + 1) / min(len(clip), length // len(clips))
             context.progress("verifying in closed loop", (number + share) / len(clips))
         errors.append(np.asarray(row))
     quarter = [max(1, len(e) // 4) for e in errors]

@@ -54,6 +54,6 @@ def test_a_recipe_can_leave_biases_alone():
     graph = network()
     context = run_to("calibrate_ranges", graph)
     before = graph.to_bytes()
-    recipe = dataclasses.replace(context.options.recipe, bias_frames=0)
+    recipe = dataclasses.replace(context.options.recipe, correct_biases=False)
     assert rerun("correct_biases", graph, context, recipe=recipe).modified == 0
     assert graph.to_bytes() == before

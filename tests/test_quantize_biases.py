@@ -28,5 +28,5 @@ def test_biases_move_by_half_a_step_at_most_and_become_int32():
 
 def test_layers_without_bias_are_left_alone():
     graph = network()
-    run_to("quantize_biases", graph, recipe=Recipe("plain", bias_frames=0))
+    run_to("quantize_biases", graph, recipe=Recipe("plain", correct_biases=False))
     assert sum(n.op == "Conv" and len(n.inputs) == 2 for n in graph.nodes) == 3

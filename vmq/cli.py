@@ -79,8 +79,9 @@ def _compile(args: argparse.Namespace) -> None:
         shown = _observer(progress)
         result = compile(
             args.model, bits=args.bits, recipe=args.recipe, calib=args.calib, size=args.size,
-            downsample_ratio=args.downsample_ratio, target=args.target, container=args.container,
+            downsample_ratio=args.downsample_ratio, effort=args.effort, target=args.target, container=args.container,
             keep=dict(args.keep), pairs=dict(args.pair), output=output, dump=args.dump, seed=args.seed,
+            resume=args.resume,
             command=shlex.join(["vmq", *args.words]), observers=[shown], progress=shown.tell)
     if args.json or not args.quiet:
         _print(args, result.to_json(), result.lines())
@@ -218,6 +219,8 @@ def _parser() -> argparse.ArgumentParser:
              "synthetic clips, which are less like your footage than your footage)")
     add("--size", metavar="WxH", help="frame size to compile for (default: the model's own, or 512x288)")
     _ratio(compile_)
+    add("--effort", default="standard", metavar="fast|standard|thorough",
+        help="how long it may take: minutes, tens of minutes (default), days")
     add("--target", default="cpu", help="where the model will run: cpu (default)")
     add("--container", default="int4cast", metavar="int4cast|int8|int4",
         help="how 4-bit weights are stored: int4cast (default), int8 for older runtimes, int4 the textbook form")
@@ -227,6 +230,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a state input and its output, where the graph alone does not tell (IN= for no state); repeatable")
     add("--dump", type=Path, metavar="DIR", help="write the model as it is after each pass, for `vmq inspect`")
     add("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
+    add("--resume", action="store_true", help="continue what the same command left unfinished")
     add("-o", "--output", type=Path, metavar="OUT.onnx", help="default: MODEL_w8a8.onnx or the like, here")
     _quiet(compile_)
     _json(compile_)

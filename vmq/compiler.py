@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,16 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime as ort
+import torch
 
 from passes import PIPELINE
 from passes.bind_shapes import frame_size
+from vmq import __version__
+from vmq.checkpoint import Checkpoint
 from vmq.clips import Clip, open_clips, sample_clips
 from vmq.dump import Dump
 from vmq.errors import OptionError, OutputError
 from vmq.graph import Graph, check_output
 from vmq.pipeline import Context, Observer, PassResult, run_passes
 from vmq.runtime import Session
-from vmq.spec import TARGETS, Bits, Options, Recipe
+from vmq.spec import EFFORTS, TARGETS, Bits, Options, Recipe
 from vmq.synthetic import synthetic_clips
 
 
@@ -87,10 +92,10 @@ class Result:
 def compile(  # noqa: A001  (the name of what it does: vmq.compile)
     model: str | os.PathLike[str] | bytes | onnx.ModelProto | Graph, *, bits: str | int = 8, recipe: str = "mse",
     calib: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (), size: tuple[int, int] | str | None = None,
-    downsample_ratio: float | None = None, target: str = "cpu", container: str = "int4cast",
+    downsample_ratio: float | None = None, effort: str = "standard", target: str = "cpu", container: str = "int4cast",
     keep: Mapping[str, int] | None = None, pairs: Mapping[str, str] | None = None, seed: int = 0,
     output: str | os.PathLike[str] | None = None, dump: str | os.PathLike[str] | None = None,
-    command: str = "", observers: Sequence[Observer] = (),
+    resume: bool = False, command: str = "", observers: Sequence[Observer] = (),
     progress: Callable[[str, float], None] = lambda _what, _share: None,
 ) -> Result:
     """Quantize a video-matting network after training.
@@ -103,6 +108,7 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
             synthetic clips.
         size: (width, height) in pixels or "WxH", for models with free dimensions.
         downsample_ratio: for models that take one, in (0, 1].
+        effort: how much work may be done: fast, standard or thorough.
         target: where the model is to run.
         container: how 4-bit weights are stored.
         keep: bits of layers that stay wider, by kind (first, last, depthwise, pooled, recurrent) or node name.
@@ -110,6 +116,7 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
         seed: 0 or more, of the samples that ranges are searched on.
         output: the file to write; none: only the result is returned.
         dump: folder for every intermediate result.
+        resume: continue what an earlier run with the same `output` and arguments left unfinished.
         command: noted in the dump as the way to repeat it.
         observers: watch the passes.
         progress: called with (what is being done, share done).
@@ -117,9 +124,9 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
     Raises:
         VmqError: bad input, by kind; a file named `output` is as it was before.
     """
-    options = Options(bits=Bits.parse(bits), recipe=Recipe.load(recipe), target=_target(target), container=container,
-                      size=parse_size(size), downsample_ratio=downsample_ratio, keep=dict(keep or {}),
-                      pairs=dict(pairs or {}), seed=seed)
+    options = Options(bits=Bits.parse(bits), recipe=Recipe.load(recipe), effort=_named(EFFORTS, "--effort", effort),
+                      target=_named(TARGETS, "--target", target), container=container, size=parse_size(size),
+                      downsample_ratio=downsample_ratio, keep=dict(keep or {}), pairs=dict(pairs or {}), seed=seed)
     if isinstance(calib, (str, os.PathLike)):
         calib = [calib]
     graph = model.copy() if isinstance(model, Graph) else Graph.load(model)
@@ -127,12 +134,19 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
         _check_output(Path(output), model)
     input_bytes = Path(model).stat().st_size if isinstance(model, (str, os.PathLike)) else len(graph.to_bytes())
     clips, squeezed = _clips(graph, options, calib)
-    sampled = sample_clips(clips, options.recipe.frames)
-    context = Context(options, sampled, progress=progress)
+    frames = options.effort.calibration
+    sampled = sample_clips(clips, frames, stretch=min(32, max(8, frames // len(clips))))
+    checkpoint = Checkpoint()
+    if output is not None:
+        key = [hashlib.sha256(graph.to_bytes()).hexdigest(), options.describe(), repr(options.recipe), repr(options.effort), [str(Path(p).resolve()) for p in calib],
+               [(c.name, len(c), c.size) for c in clips], __version__, torch.__version__, ort.__version__]
+        checkpoint = Checkpoint(Path(f"{output}.unfinished"), key, resume)
+    context = Context(options, sampled, clips, progress=progress, checkpoint=checkpoint)
     watchers = [*observers, *([Dump(Path(dump), command)] if dump is not None else [])]
     results = run_passes(graph, PIPELINE, context, watchers)
     if output is not None:
         graph.save(output)
+        checkpoint.finish()
     return Result(graph, Path(output) if output is not None else None,
                   {p.name: r for p, r in zip(PIPELINE, results, strict=True)}, len(graph.to_bytes()), input_bytes,
                   frames=(sum(map(len, sampled)), sum(map(len, clips))), synthetic=not calib, squeezed=squeezed)
@@ -160,10 +174,10 @@ def parse_size(size: tuple[int, int] | str | None) -> tuple[int, int] | None:
     return height, width
 
 
-def _target(name: str) -> Any:
-    if name not in TARGETS:
-        raise OptionError(f"--target {name} is not known; give one of {', '.join(TARGETS)}")
-    return TARGETS[name]
+def _named(table: Mapping[str, Any], option: str, name: str) -> Any:
+    if name not in table:
+        raise OptionError(f"{option} {name} is not known; give one of {', '.join(table)}")
+    return table[name]
 
 
 def _clips(graph: Graph, options: Options, calib: Sequence[str | os.PathLike[str]],

@@ -76,3 +76,10 @@ def tail_nodes(graph: Graph, target: Target, state_outputs: Collection[str]) -> 
                 or any(id(r) in layers or id(r) in inner for v in node.outputs for r in v.outputs):
             inner.add(id(node))
     return {n.name for n in graph.nodes if id(n) not in inner and id(n) not in layers}
+
+
+def float_source(value: Any) -> Any:
+    """The float value that a value of a quantized graph stands for: through the Q/DQ pairs before it."""
+    while value.inputs and value.inputs[0].op in ("QuantizeLinear", "DequantizeLinear"):
+        value = value.inputs[0].inputs[0]
+    return value

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from vmq.checkpoint import Checkpoint
 from vmq.clips import Clip
 from vmq.errors import ModelError, PassError, VmqError
 from vmq.graph import Constant, Graph
@@ -41,17 +42,21 @@ class Context:
 
     Attributes:
         options: what was asked for.
-        clips: calibration clips, already of the model's size.
+        clips: calibration clips, already of the model's size; of long footage, stretches.
+        footage: all of it, where learning draws its sequences from; by default the clips.
         found: what analyses found, by the name of the pass.
         reference: the float graph as it was before quantization.
         progress: called with (what is being done, share done from 0 to 1).
+        checkpoint: keeps what long work has finished, for a resumed run.
     """
 
     options: Options
     clips: Sequence[Clip] = ()
+    footage: Sequence[Clip] = ()
     found: dict[str, Any] = field(default_factory=dict)
     reference: Graph | None = None
     progress: Callable[[str, float], None] = lambda _what, _share: None
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
 
 
 class Pass:

@@ -159,6 +159,19 @@ class Session:
             return None
         return np.clip(outputs[self._pictures[3]][0].astype(np.float32), 0.0, 1.0)
 
+    def pictures(self) -> dict[int, str]:
+        """Names of the outputs of the frame's size by their channels: 1 alpha, 3 foreground (of a static model).
+
+        Raises:
+            ModelError: there is no alpha, or the model does not run.
+        """
+        height, width = (n or 288 for n in self.size)
+        state = self.state
+        outputs = self.feed(np.zeros((1, 3, height, width), np.float32))
+        self.state = state
+        self.alpha_of(outputs)
+        return dict(self._pictures)
+
     def alphas(self, frames: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32]]:
         """Alpha of each frame of a clip in closed loop from the zero state: float32 [H,W] in 0..1."""
         self.reset()

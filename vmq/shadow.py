@@ -129,6 +129,10 @@ class Shadow(nn.Module):
             n for s in self._used if not self._fixed.issuperset(s.inputs)
             for n in s.inputs if n in self._fixed and n and n not in self._constants))
 
+    def needed(self, given: Collection[str], wanted: Iterable[str]) -> set[str]:
+        """Names of all values that are read or made on the way from some values to others."""
+        return {n for s, _ in self._plan(frozenset(given), tuple(wanted)) for n in (*s.inputs, *s.outputs)}
+
     def _plan(self, given: frozenset[str], wanted: Sequence[str]) -> list[tuple[_Step, tuple[str, ...]]]:
         """The steps that lead from what is given to what is wanted, each with the values that it is the last to use."""
         known = given | set(self._constants) | {""}

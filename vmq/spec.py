@@ -153,6 +153,90 @@ class Bits:
         return f"W{self.weights}A{self.activations}"
 
 
+LEARNABLE = ("weight", "rounding", "weight_scale", "scale", "zero", "bias", "affine")
+"""What a recipe may name under `learn`: vmq/learning.py says what each is; affine is PTQ4VM's gamma and beta."""
+
+
+@dataclass(frozen=True)
+class BlockRecipe:
+    """How blocks are reconstructed (passes/reconstruct_blocks.py).
+
+    Attributes:
+        learn: what is learned, of `LEARNABLE` without affine.
+        drop: probability that a value of an activation stays unrounded while learning.
+        separate: learn what belongs to weights in a first sweep, on float activations, and the rest in a second.
+        rounding_rate, scale_rate, zero_rate, weight_rate, bias_rate: rates at `iterations`; with fewer, see `rates`.
+        rounding_weight: weight of AdaRound's regulariser.
+        iterations: how many steps a block takes in the authors' code.
+    """
+
+    learn: tuple[str, ...] = ("rounding", "scale")
+    drop: float = 0.5
+    separate: bool = False
+    rounding_rate: float = 1e-3
+    scale_rate: float = 4e-5
+    zero_rate: float = 4e-4
+    weight_rate: float = 4e-4
+    bias_rate: float = 4e-4
+    rounding_weight: float = 0.01
+    iterations: int = 20_000
+
+    def __post_init__(self) -> None:
+        _check_learned("blocks", self.learn, set(LEARNABLE) - {"affine"})
+        if not 0.0 <= self.drop < 1.0:
+            raise OptionError(f"recipe: blocks.drop is {self.drop}; give 0 to below 1")
+
+    def rates_for(self, iterations: int) -> dict[str, float]:
+        """The rate of each kind when a block takes `iterations` steps: fewer steps are longer, up to 60 times."""
+        longer = min(60.0, max(1.0, self.iterations / iterations))
+        return {"rounding": self.rounding_rate * longer, "scale": self.scale_rate * longer,
+                "weight_scale": self.scale_rate * longer, "zero": self.zero_rate * longer,
+                "weight": self.weight_rate * longer, "bias": self.bias_rate * longer}
+
+
+@dataclass(frozen=True)
+class NetworkRecipe:
+    """How the whole network is calibrated, unrolled in time (passes/calibrate_network.py).
+
+    Attributes:
+        learn: what is learned, of `LEARNABLE`.
+        teacher: "float" (the float network's alpha) or "alpha" (the true one where footage has it, else the float
+            network's).
+        warm: numbers of frames, one of which is drawn for each sequence, that warm the quantized network's own state
+            up before gradients are taken.
+        l1, laplacian, mse, temporal, state, foreground, flow: weights of the losses.
+        occlusion: leave pixels out of the flow loss that flow forth and back do not agree on.
+        affine_rate, weight_rate, weight_scale_rate, scale_rate, zero_rate, bias_rate: rates.
+        share: of the effort's steps.
+    """
+
+    learn: tuple[str, ...] = ("affine", "scale")
+    teacher: str = "float"
+    warm: tuple[int, ...] = (0,)
+    l1: float = 0.0
+    laplacian: float = 0.0
+    mse: float = 0.0
+    temporal: float = 0.0
+    state: float = 0.0
+    foreground: float = 0.0
+    flow: float = 0.0
+    occlusion: bool = False
+    affine_rate: float = 1e-4
+    weight_rate: float = 0.0
+    weight_scale_rate: float = 0.0
+    scale_rate: float = 1e-4
+    zero_rate: float = 0.0
+    bias_rate: float = 0.0
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_learned("network", self.learn, set(LEARNABLE) - {"rounding"})
+        if self.teacher not in ("float", "alpha"):
+            raise OptionError(f"recipe: network.teacher is {self.teacher!r}; give float or alpha")
+        if not self.warm or min(self.warm) < 0:
+            raise OptionError(f"recipe: network.warm is {list(self.warm)}; give numbers of frames, 0 or more")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How quantization parameters are found; a small TOML file.
@@ -162,16 +246,20 @@ class Recipe:
         range_norm: p of the range search, which minimises the mean of |error|^p.
         range_steps: how many ranges are tried, as equal shares of the full one.
         samples: values kept of each tensor over all calibration frames.
-        frames: calibration frames at most; of longer footage, stretches spread evenly over it.
-        bias_frames: frames that layers' means are compared on to correct their biases; 0 leaves biases alone.
+        correct_biases: shift biases so that every layer keeps its mean.
+        equalize: equalize channels across layers where that is exact.
+        blocks: block-wise reconstruction; None for none.
+        network: calibration of the whole network; None for none.
     """
 
     name: str
     range_norm: float = 2.4
     range_steps: int = 100
     samples: int = 131_072
-    frames: int = 1024
-    bias_frames: int = 64
+    correct_biases: bool = True
+    equalize: bool = False
+    blocks: BlockRecipe | None = None
+    network: NetworkRecipe | None = None
 
     def __post_init__(self) -> None:
         if not 1.0 <= self.range_norm <= 10.0:
@@ -180,10 +268,6 @@ class Recipe:
             raise OptionError(f"recipe {self.name}: range_steps is {self.range_steps}; give 2 to 10000")
         if not 1024 <= self.samples <= 1 << 24:
             raise OptionError(f"recipe {self.name}: samples is {self.samples}; give 1024 to 16777216")
-        if not 1 <= self.frames <= 1 << 24:
-            raise OptionError(f"recipe {self.name}: frames is {self.frames}; give 1 to 16777216")
-        if not 0 <= self.bias_frames <= 1 << 20:
-            raise OptionError(f"recipe {self.name}: bias_frames is {self.bias_frames}; give 0 to 1048576")
 
     @classmethod
     def load(cls, name: str) -> Recipe:
@@ -201,14 +285,80 @@ class Recipe:
         except (OSError, ValueError) as error:
             raise OptionError(f"recipe {name!r} is neither one of {', '.join(shipped)} nor a readable TOML file") \
                 from error
-        kinds = {"range_norm": float, "range_steps": int, "samples": int, "frames": int, "bias_frames": int}
-        known = {f.name for f in fields(cls)} - {"name"}
-        for key, value in table.items():
-            if key not in known:
-                raise OptionError(f"recipe {path}: unknown key {key!r}; known are {', '.join(sorted(known))}")
-            if isinstance(value, bool) or not isinstance(value, (int, kinds[key])):
-                raise OptionError(f"recipe {path}: {key} is {value!r}; give a number")
-        return cls(name=path.stem, **table)
+        parts: dict[str, Any] = {}
+        for part, kind in (("blocks", BlockRecipe), ("network", NetworkRecipe)):
+            inner = table.pop(part, None)
+            if isinstance(inner, dict):
+                parts[part] = kind(**_typed(kind, inner, f"{path}: [{part}]"))
+            elif inner is not None:
+                raise OptionError(f"recipe {path}: {part} is {inner!r}; give a table [{part}]")
+        return cls(name=path.stem, **_typed(cls, table, str(path)), **parts)
+
+
+def _typed(kind: Any, table: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The entries of a TOML table as the fields of a dataclass; OptionError for what does not fit."""
+    known = {f.name: f.default for f in fields(kind) if f.name not in ("name", "blocks", "network")}
+    values = {}
+    for key, value in table.items():
+        if key not in known:
+            raise OptionError(f"recipe {where}: unknown key {key!r}; known are {', '.join(sorted(known))}")
+        default = known[key]
+        wanted = type(default)
+        given = tuple(value) if isinstance(value, list) else value
+        if wanted is float and isinstance(given, int) and not isinstance(given, bool):
+            given = float(given)
+        inner = type(default[0]) if isinstance(default, tuple) else None
+        if not isinstance(given, wanted) or isinstance(given, bool) != isinstance(default, bool) or (
+                inner and not all(type(v) is inner for v in given)):
+            words = {float: "a number", int: "a whole number", bool: "true or false", str: "a word", tuple: "a list"}
+            raise OptionError(f"recipe {where}: {key} is {value!r}; give {words[wanted]}")
+        values[key] = given
+    return values
+
+
+def _check_learned(where: str, learn: tuple[str, ...], known: set[str]) -> None:
+    for kind in learn:
+        if kind not in known:
+            raise OptionError(f"recipe: {where}.learn names {kind!r}; known are {', '.join(sorted(known))}")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much work a compile takes; times are of RVM at 512x288 on two cores.
+
+    Attributes:
+        calibration: frames that ranges are found on, at most; of longer footage, stretches spread evenly over it.
+        bias_frames: frames that layers' means are compared on.
+        sequences, frames: sequences that blocks are learned on, and frames of each.
+        block_iterations, block_batch: steps that a block takes, and frames in each.
+        steps, batch, unrolled: steps of the whole network, sequences in each, and frames with gradient of each.
+        gates: how often closed-loop error is looked at while the whole network is calibrated.
+        loop_frames: frames that the result is verified on in closed loop.
+    """
+
+    name: str
+    calibration: int
+    bias_frames: int
+    sequences: int
+    frames: int
+    block_iterations: int
+    block_batch: int
+    steps: int
+    batch: int
+    unrolled: int
+    gates: int
+    loop_frames: int
+
+
+EFFORTS: Mapping[str, Effort] = MappingProxyType({e.name: e for e in (
+    Effort("fast", calibration=64, bias_frames=16, sequences=12, frames=4, block_iterations=40, block_batch=4,
+           steps=60, batch=2, unrolled=3, gates=3, loop_frames=64),
+    Effort("standard", calibration=256, bias_frames=64, sequences=32, frames=8, block_iterations=200, block_batch=8,
+           steps=320, batch=2, unrolled=4, gates=6, loop_frames=256),
+    Effort("thorough", calibration=1024, bias_frames=256, sequences=128, frames=8, block_iterations=20_000,
+           block_batch=32, steps=4000, batch=8, unrolled=6, gates=20, loop_frames=512),
+)})
+"""What `--effort` names: minutes, tens of minutes, days (what the authors of the methods do on GPUs)."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +366,7 @@ class Options:
     """Everything that decides what a compile writes.
 
     Attributes:
-        bits, recipe, target, container, seed: see their types.
+        bits, recipe, effort, target, container, seed: see their types.
         size: (height, width) in pixels that free dimensions are bound to; None keeps a static model's.
         downsample_ratio: what an input for the ratio is bound to, in (0, 1].
         keep: width of layers that stay wider (or become narrower) than nominal, by `KEEPABLE` or node name.
@@ -225,6 +375,7 @@ class Options:
 
     bits: Bits = field(default_factory=lambda: Bits(8, 8))
     recipe: Recipe = field(default_factory=lambda: Recipe("mse"))
+    effort: Effort = EFFORTS["standard"]
     target: Target = field(default_factory=lambda: TARGETS["cpu"])
     container: str = "int4cast"
     size: tuple[int, int] | None = None
@@ -249,7 +400,7 @@ class Options:
     def describe(self) -> dict[str, Any]:
         """The options in plain JSON types, for reports and metadata."""
         return {
-            "bits": str(self.bits), "recipe": self.recipe.name, "target": self.target.name,
+            "bits": str(self.bits), "recipe": self.recipe.name, "effort": self.effort.name, "target": self.target.name,
             "container": self.container, "size": list(self.size) if self.size else None,
             "downsample_ratio": self.downsample_ratio, "keep": dict(self.keep), "pairs": dict(self.pairs),
             "seed": self.seed,

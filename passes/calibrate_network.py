@@ -1,0 +1,290 @@
+"""Calibrate the whole network, unrolled in time, on its own alpha: PTQ4VM's second stage, and ours.
+
+Sequences run through the float network (the teacher) and the quantized one side by side. Frames at their start only
+warm the quantized network's own states up; gradients go through those after them. The loss is a weighted sum of
+
+    l1          mean |p - t|                                  p alpha, t the teacher's or the true one
+    laplacian   sum over levels k of 2^k mean |L_k(p - t)|    (Hou and Liu 2019, as in RVM's training)
+    mse         mean (p - t)^2                                (PTQ4VM's GAC)
+    temporal    mean ((p_n - p_n-1) - (t_n - t_n-1))^2        (RVM's training)
+    state       mean (h' - h)^2 / mean h^2                    every recurrent state
+    foreground  mean |f' - f|
+    flow        mean |p_n - warp(p_n-1)|                      (PTQ4VM's OFA, vmq/flow.py)
+
+`affine` is PTQ4VM's global affine calibration: y = gamma * conv(x) + beta for every layer, rounding frozen. gamma goes
+into weight scale and bias and beta into the bias when the pass ends, so the graph stays what it was, Q, DQ and layers.
+The other kinds are constants of the graph already (vmq/learning.py).
+
+A short unrolled loss does not see a recurrence that drifts. So every now and then, and at the end, longer sequences
+are run in closed loop from the zero state, and the parameters with the least error there are kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812  (its customary name)
+from torch import Tensor, nn
+
+from vmq.crops import Crops, crop_graph
+from vmq.errors import PassError
+from vmq.flow import flows, open_flow, temporal_loss
+from vmq.graph import Constant, Graph
+from vmq.lanes import Lanes
+from vmq.learning import Adam, Parameter, assign, parameters
+from vmq.pipeline import Context, Pass, PassResult
+from vmq.runtime import Session
+from vmq.shadow import Shadow
+from vmq.spec import NetworkRecipe
+
+LEVELS = 4
+"""Levels of the Laplacian pyramid."""
+GATE_CLIPS = 4
+"""Sequences that are run in closed loop."""
+GATE_NUMBER = 1 << 40
+"""Number of the first of them; those that are learned on have smaller ones."""
+WARM_UP = 10
+"""Steps over which rates grow to their full size, at most a tenth of all."""
+LONGEST = 1.0
+"""Gradients of weights are scaled down to this norm."""
+
+
+class CalibrateNetwork(Pass):
+    """Learn what is left end to end: alpha, states and flicker, unrolled from the network's own warm states."""
+
+    name: ClassVar[str] = "calibrate_network"
+
+    def requires(self, graph: Graph, context: Context) -> None:
+        if context.reference is None:
+            raise PassError("there is no float reference; run insert_qdq before")
+
+    def run(self, graph: Graph, context: Context) -> PassResult:
+        recipe = context.options.recipe.network
+        if recipe is None:
+            return PassResult()
+        with Lanes() as lanes:
+            work = _Calibration(graph, context, recipe, lanes)
+            report = work.run()
+        return PassResult(modified=assign(graph, work.shadow.graph), report=report)
+
+
+@dataclass(frozen=True)
+class _Affine:
+    """gamma and beta of one layer, and the names of what they scale and shift."""
+
+    gamma: nn.Parameter
+    beta: nn.Parameter
+    weight: str
+    dequantized: str
+    scale: str
+    bias: str | None
+
+
+class _Calibration:
+    def __init__(self, graph: Graph, context: Context, recipe: NetworkRecipe, lanes: Lanes) -> None:
+        assert context.reference is not None
+        self.context, self.recipe, self.lanes = context, recipe, lanes
+        session = Session(context.reference, optimize=False, pairs=context.options.pairs)
+        pictures = session.pictures()
+        self.frame, self.states = session.frame_input, {p.input: p.output for p in session.state_pairs}
+        self.alpha, self.foreground = pictures[1], pictures.get(3)
+        self.teacher = Shadow(crop_graph(context.reference, self.frame))
+        self.shadow = Shadow(crop_graph(graph, self.frame))
+        size = next(v.shape for v in self.teacher.graph.inputs if v.name == self.frame)[2:]
+        self.crops = Crops(context.footage or context.clips, (size[0], size[1]), context.options.seed + 1)
+        self.start = {v.name: torch.zeros(v.shape) for v in self.shadow.graph.inputs if v.name in self.states}
+        self.outputs = tuple(dict.fromkeys((self.alpha, *self.states.values(), *(
+            (self.foreground,) if self.foreground and recipe.foreground else ()))))
+        self.affine = _affines(self.shadow) if "affine" in recipe.learn else []
+        kinds = set(recipe.learn) - {"affine"}
+        self.learned = parameters(self.shadow, kinds)
+        for layer in self.affine:
+            self.learned += [Parameter("affine", "", layer.gamma, torch.ones(())),
+                             Parameter("affine", "", layer.beta, torch.ones(()))]
+        self.flow = open_flow("dis") if recipe.flow else None
+
+    def run(self) -> dict[str, Any]:
+        """Learn; returns the report."""
+        effort, recipe = self.context.options.effort, self.recipe
+        steps = max(1, round(effort.steps * recipe.share))
+        rates = {"affine": recipe.affine_rate, "weight": recipe.weight_rate, "scale": recipe.scale_rate,
+                 "weight_scale": recipe.weight_scale_rate, "zero": recipe.zero_rate, "bias": recipe.bias_rate}
+        optimizer = Adam(self.learned, rates)
+        weights = [p.parameter for p in self.learned if p.kind == "weight"]
+        gates = [self._teach(GATE_NUMBER + k, max(8, effort.loop_frames // GATE_CLIPS)) for k in range(GATE_CLIPS)]
+        at = sorted({round(steps * (k + 1) / effort.gates) for k in range(effort.gates)})
+        first, best, history = self._resume(optimizer)
+        if not history:
+            history.append((0, self._gate(gates)))
+            best = [p.parameter.detach().clone() for p in self.learned]
+        for p in self.learned:
+            p.parameter.requires_grad_()
+        losses: list[float] = []
+        for step in range(first, steps):
+            losses.append(self.lanes.gradients(self._loss, [step * effort.batch + k for k in range(effort.batch)],
+                                               [p.parameter for p in self.learned],
+                                               self.context.options.seed * 100003 + step))
+            nn.utils.clip_grad_norm_([w for w in weights if w.grad is not None], LONGEST)
+            ramp = min(1.0, (step + 1) / min(WARM_UP, max(1, steps // 10)))
+            optimizer.step(ramp * 0.5 * (1.0 + math.cos(math.pi * step / steps)))
+            self.context.progress(f"loss {np.mean(losses[-20:]):.4f}", (step + 1) / steps)
+            if step + 1 in at:
+                history.append((step + 1, self._gate(gates)))
+                if history[-1][1] <= min(h[1] for h in history):
+                    best = [p.parameter.detach().clone() for p in self.learned]
+                self._keep(optimizer, best, history)
+        with torch.no_grad():
+            for p, value in zip(self.learned, best, strict=True):
+                p.parameter.requires_grad_(False).copy_(value)
+            _absorb(self.shadow, self.affine)
+        self.shadow.write_back()
+        kept = min(history, key=lambda h: (h[1], -h[0]))[0]
+        return {"steps": steps, "parameters": sum(p.parameter.numel() for p in self.learned), "kept_step": kept,
+                "closed_loop_MAD": {str(k): v for k, v in history}}
+
+    # -- losses -------------------------------------------------------------------------------------
+
+    def _loss(self, number: int) -> Tensor:
+        recipe, unrolled = self.recipe, self.context.options.effort.unrolled
+        warm = int(np.random.default_rng((self.context.options.seed, 31, number)).choice(recipe.warm))
+        frames, targets, taught = self._teach(number, warm + unrolled)
+        warm = max(0, len(frames) - unrolled)
+        held = self._held()
+        state, total, last = dict(self.start), torch.zeros(()), None
+        pairs = self._flows(frames[warm:]) if self.flow is not None else None
+        count = len(frames) - warm
+        with torch.no_grad():
+            fixed = {n: v.detach() for n, v in held.items()}
+            for t in range(warm):
+                made = self.shadow.run({**fixed, self.frame: frames[t], **state}, tuple(self.states.values()))
+                state = {i: made[o] for i, o in self.states.items()}
+        for t in range(warm, len(frames)):
+            made = self.shadow.run({**held, self.frame: frames[t], **state}, self.outputs)
+            state = {i: made[o] for i, o in self.states.items()}
+            alpha, target = made[self.alpha], targets[t]
+            off = alpha - target
+            if recipe.l1:
+                total = total + recipe.l1 / count * off.abs().mean()
+            if recipe.laplacian:
+                total = total + recipe.laplacian / count * laplacian(off)
+            if recipe.mse:
+                total = total + recipe.mse / count * off.square().mean()
+            for o in self.states.values() if recipe.state else ():
+                goal = taught[t][o]
+                total = total + recipe.state / count / len(self.states) * (
+                    (made[o] - goal).square().mean() / goal.square().mean().clamp(min=1e-6))
+            if self.foreground and recipe.foreground:
+                total = total + recipe.foreground / count * (
+                    made[self.foreground] - taught[t][self.foreground]).abs().mean()
+            if last is not None and recipe.temporal:
+                total = total + recipe.temporal / (count - 1) * (off - last[1]).square().mean()
+            if last is not None and pairs is not None:
+                total = total + recipe.flow / (count - 1) * temporal_loss(last[0], alpha, *pairs[t - warm - 1])
+            last = alpha, off
+        return total
+
+    @torch.no_grad()
+    def _teach(self, number: int, length: int) -> tuple[Tensor, list[Tensor], list[dict[str, Tensor]]]:
+        """A sequence, with the alpha to aim at and what the teacher gives in each of its frames."""
+        frames, truth = self.crops.draw(number, length)
+        state, taught = dict(self.start), []
+        for frame in frames:
+            made = self.teacher.run({self.frame: frame, **state}, self.outputs)
+            state = {i: made[o] for i, o in self.states.items()}
+            taught.append(made)
+        use = truth if self.recipe.teacher == "alpha" else None
+        return frames, [m[self.alpha] if use is None else use[t] for t, m in enumerate(taught)], taught
+
+    @torch.no_grad()
+    def _gate(self, gates: Sequence[tuple[Tensor, list[Tensor], Any]]) -> float:
+        """Mean |p - t| x 1e3 in closed loop from the zero state over longer sequences."""
+        held = self._held()
+
+        def error(gate: tuple[Tensor, list[Tensor], Any]) -> float:
+            state, errors = dict(self.start), []
+            for frame, target in zip(gate[0], gate[1], strict=True):
+                made = self.shadow.run({**held, self.frame: frame, **state}, self.outputs)
+                state = {i: made[o] for i, o in self.states.items()}
+                errors.append(float((made[self.alpha] - target).abs().mean()))
+            return float(np.mean(errors))
+
+        return 1e3 * float(np.mean(self.lanes.map(error, gates)))
+
+    def _held(self) -> dict[str, Tensor]:
+        """Quantized weights, and what affine corrections make of them and of biases, for all frames of a sequence."""
+        held = self.shadow.run({}, self.shadow.fixed_values())
+        for layer in self.affine:
+            held[layer.dequantized] = held[layer.dequantized] * layer.gamma
+            if layer.bias is not None:
+                held[layer.bias] = layer.gamma * self.shadow.parameter(layer.bias) + layer.beta
+        return held
+
+    def _flows(self, frames: Tensor) -> list[tuple[Tensor, None]]:
+        pictures = (frames[:, 0] * 255.0).round().to(torch.uint8).numpy()
+        assert self.flow is not None
+        return [(torch.from_numpy(f)[None], None) for f in flows(self.flow, pictures)]
+
+    # -- resuming -----------------------------------------------------------------------------------
+
+    def _keep(self, optimizer: Adam, best: list[Tensor], history: list[tuple[int, float]]) -> None:
+        arrays = {f"t{k}": t.numpy() for k, t in enumerate(optimizer.tensors())}
+        arrays |= {f"b{k}": t.numpy() for k, t in enumerate(best)}
+        self.context.checkpoint.save("network", arrays | {"history": np.array(history)})
+
+    @torch.no_grad()
+    def _resume(self, optimizer: Adam) -> tuple[int, list[Tensor], list[tuple[int, float]]]:
+        saved = self.context.checkpoint.load("network")
+        if saved is None:
+            return 0, [], []
+        history = [(int(k), float(v)) for k, v in saved["history"]]
+        for k, tensor in enumerate(optimizer.tensors()):
+            tensor.copy_(torch.from_numpy(saved[f"t{k}"]))
+        optimizer.count = history[-1][0]
+        return history[-1][0], [torch.from_numpy(saved[f"b{k}"]) for k in range(len(self.learned))], history
+
+
+def laplacian(off: Tensor) -> Tensor:
+    """sum over levels k of 2^k mean |L_k|, of the Laplacian pyramid of a picture [N,C,H,W], rest included."""
+    total, current = torch.zeros(()), off
+    for level in range(LEVELS):
+        if min(current.shape[2:]) < 2:
+            break
+        smaller = F.avg_pool2d(current, 2)
+        band = current - F.interpolate(smaller, current.shape[2:], mode="bilinear")
+        total = total + 2.0 ** level * band.abs().mean()
+        current = smaller
+    return total + 2.0 ** LEVELS * current.abs().mean()
+
+
+def _affines(shadow: Shadow) -> list[_Affine]:
+    """gamma and beta for every layer with a quantized constant weight that it shares with no other."""
+    found = []
+    for node in shadow.graph.nodes:
+        source = node.inputs[1].inputs if len(node.inputs) > 1 else []
+        if node.op in ("QuantizeLinear", "DequantizeLinear") or not source or source[0].op != "DequantizeLinear" \
+                or len(node.inputs[1].outputs) != 1 or node.op not in ("Conv", "Gemm", "MatMul"):
+            continue
+        quantize = source[0].inputs[0].inputs[0]
+        if not isinstance(quantize.inputs[0], Constant):
+            continue
+        bias = node.inputs[2] if len(node.inputs) > 2 and isinstance(node.inputs[2], Constant) else None
+        if bias is None and len(node.inputs) > 2 or bias is not None and len(bias.outputs) > 1:
+            continue
+        found.append(_Affine(nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(())), quantize.inputs[0].name,
+                             node.inputs[1].name, quantize.inputs[1].name, None if bias is None else bias.name))
+    return found
+
+
+def _absorb(shadow: Shadow, layers: Sequence[_Affine]) -> None:
+    """gamma into weights, their scales and biases, beta into biases: the same function without them."""
+    for layer in layers:
+        gamma = layer.gamma.clamp(min=1e-3)
+        for name in (layer.weight, layer.scale):
+            shadow.parameter(name).mul_(gamma)
+        if layer.bias is not None:
+            shadow.parameter(layer.bias).mul_(gamma).add_(layer.beta)

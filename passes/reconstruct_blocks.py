@@ -1,0 +1,384 @@
+"""Block-wise initial quantization: learn each block so that it gives what its float self gives (BIQ).
+
+Block after block in topological order: what goes in comes from the blocks before, already quantized; the target is
+what the float network computes there; the loss is
+
+    L = sum over what leaves the block of mean |y' - y|^2, summed over channels (Li et al. 2021, BRECQ, eq. 10)
+
+and, where rounding is learned, AdaRound's regulariser. With a drop probability, values of activations, those that
+enter the block and those inside, are left unrounded at random (Wei et al. 2022, QDrop). A block with a recurrent
+state is unrolled over the frames of a sequence, from the float network's warm state on, and its new state counts in
+the loss like everything else that leaves it (Zhu et al. 2026, PTQ4VM).
+
+A quantizer belongs to the block that makes the value; one that quantizers of several blocks share, to the first.
+Float and quantized values at the edges of blocks are computed once and kept until the last block that reads them,
+in memory up to `MEMORY` bytes and in temporary files beyond.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vmq.crops import Crops, crop_graph
+from vmq.errors import ModelError, PassError
+from vmq.fakequant import FakeQuantize
+from vmq.graph import Constant, Graph
+from vmq.lanes import LANES, Lanes
+from vmq.layers import float_source
+from vmq.learning import Adam, Dropped, Parameter, SoftRounding, assign, mixed, parameters
+from vmq.pipeline import Context, Pass, PassResult
+from vmq.runtime import Session
+from vmq.shadow import Shadow
+from vmq.spec import BlockRecipe
+
+MEMORY = 2 << 30
+"""Bytes of block inputs and outputs that are held in memory; what is more goes to temporary files."""
+WARM_UP = 8
+"""At most so many frames warm the state up before a sequence."""
+
+
+class ReconstructBlocks(Pass):
+    """Learn rounding and quantizers block by block against the float network's blocks."""
+
+    name: ClassVar[str] = "reconstruct_blocks"
+
+    def requires(self, graph: Graph, context: Context) -> None:
+        if context.reference is None or "find_closures" not in context.found:
+            raise PassError("there are no blocks, or no float reference; run find_closures and insert_qdq before")
+
+    def run(self, graph: Graph, context: Context) -> PassResult:
+        recipe = context.options.recipe.blocks
+        if recipe is None:
+            return PassResult()
+        with Lanes() as lanes, tempfile.TemporaryDirectory(prefix="vmq-") as folder:
+            work = _Reconstruction(graph, context, recipe, lanes, Path(folder))
+            report = []
+            for number, sweep in enumerate(_sweeps(recipe)):
+                report += work.sweep(sweep, number)
+        return PassResult(modified=work.changed, report={"blocks": report, "crop": list(work.crops.size),
+                                                         "sequences": len(work.sequences)})
+
+
+def _sweeps(recipe: BlockRecipe) -> list[BlockRecipe]:
+    """One sweep over the blocks, or two where rounding is learned on float activations first."""
+    if not recipe.separate:
+        return [recipe]
+    weights = tuple(k for k in recipe.learn if k in ("rounding", "weight", "weight_scale", "bias"))
+    return [replace(recipe, learn=weights), replace(recipe, learn=tuple(set(recipe.learn) - set(weights)),
+                                                    separate=False)]
+
+
+class _Reconstruction:
+    def __init__(self, graph: Graph, context: Context, recipe: BlockRecipe, lanes: Lanes, folder: Path) -> None:
+        assert context.reference is not None
+        self.graph, self.context, self.lanes, self.folder = graph, context, lanes, folder
+        session = Session(context.reference, optimize=False, pairs=context.options.pairs)
+        self.frame, self.states = session.frame_input, {p.input: p.output for p in session.state_pairs}
+        exact = crop_graph(context.reference, self.frame)
+        self.exact = Shadow(exact)
+        self.shadow = Shadow(crop_graph(graph, self.frame))
+        effort = context.options.effort
+        size = next(v.shape for v in exact.inputs if v.name == self.frame)[2:]
+        self.crops = Crops(context.footage or context.clips, (size[0], size[1]), context.options.seed)
+        self.blocks = _with_quantizers(self.shadow.graph, context.found["find_closures"].blocks)
+        self.sources = _float_names(self.shadow.graph, context.found["insert_qdq"])
+        self.quantizers = dict(self.shadow.quantizers)
+        self.learned: set[str] = set()
+        self.changed = self.bytes = 0
+        self.sequences = lanes.map(self._sequence, range(effort.sequences))
+        self.batchable = self._runs_in_batches()
+
+    def sweep(self, recipe: BlockRecipe, number: int) -> list[dict[str, Any]]:
+        """Learn every block once; what each lost before and after, relative to its float output's power."""
+        floats = {self.frame: self._stacked([s[self.frame] for s in self.sequences]),
+                  **{i: self._stacked([s[i] for s in self.sequences]) for i in self.states}}
+        ours = dict(floats)
+        self.shadow.quantizers.update(self.quantizers)
+        if recipe.separate:
+            self.shadow.quantizers.update((n, _unchanged) for n, q in self.quantizers.items() if not _own(q).spec.signed)
+        edges = [(self.shadow.boundary(nodes), self.exact.boundary(reference))
+                 for nodes, reference in self.blocks]
+        report = []
+        for index, (((reads, gives), (float_reads, float_gives)), (nodes, _)) in enumerate(
+                zip(edges, self.blocks, strict=True)):
+            if not gives:
+                continue
+            needed = tuple(dict.fromkeys((*float_gives, *(self.sources[g] for g in gives))))
+            self._advance(self.exact, floats, float_reads, needed, {})
+            states = {i: g for i, o in self.states.items() if i in reads
+                      for g in sorted(gives, key=o.__ne__)[:1] if o in (g, self.sources[g])}
+            block = _Block(reads, gives, [self.sources[g] for g in gives], states)
+            key = f"blocks-{number}-{index}"
+            report.append(self._learn(block, nodes, floats, ours, recipe, key, (index, len(edges))))
+            self._advance(self.shadow, ours, reads, gives, block.states)
+            later = {n for (r, _), (f, _) in edges[index + 1:] for n in (*r, *f, *(self.sources.get(x, x) for x in r))}
+            for store in (floats, ours):
+                for name in set(store) - later - {self.frame, *self.states}:
+                    self.bytes -= store.pop(name).nbytes
+        return report
+
+    # -- data ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _sequence(self, number: int) -> dict[str, list[Tensor]]:
+        """Frames and float states of a sequence, by name of the input."""
+        effort = self.context.options.effort
+        warm = int(np.random.default_rng((self.context.options.seed, number)).integers(WARM_UP + 1))
+        frames, _ = self.crops.draw(number, warm + effort.frames)
+        kept: dict[str, list[Tensor]] = {self.frame: [], **{i: [] for i in self.states}}
+        state = {v.name: torch.zeros(v.shape) for v in self.exact.graph.inputs if v.name in self.states}
+        first = max(0, len(frames) - effort.frames)
+        for t, frame in enumerate(frames):
+            if t >= first:
+                kept[self.frame].append(frame)
+                for name, value in state.items():
+                    kept[name].append(value)
+            new = self.exact.run({self.frame: frame, **state}, tuple(self.states.values()))
+            state = {i: new[o] for i, o in self.states.items()}
+        return kept
+
+    def _stacked(self, sequences: list[list[Tensor]]) -> Tensor:
+        """[S, T, 1, ...]; clips shorter than a sequence repeat their last frame."""
+        longest = max(map(len, sequences))
+        return torch.stack([torch.stack([*s, *s[-1:] * (longest - len(s))]) for s in sequences])
+
+    def _new(self, shape: Sequence[int]) -> Tensor:
+        """Room for values, in memory while there is some, else in a file."""
+        size = 4 * math.prod(shape)
+        self.bytes += size
+        if self.bytes <= MEMORY:
+            return torch.empty(tuple(shape))
+        with tempfile.NamedTemporaryFile(dir=self.folder) as file:      # the mapping keeps the file's room
+            file.truncate(size)
+            return torch.from_file(file.name, shared=True, size=size // 4).reshape(tuple(shape))
+
+    @torch.no_grad()
+    def _advance(self, shadow: Shadow, store: dict[str, Tensor], reads: Iterable[str], gives: Sequence[str],
+                 states: dict[str, str]) -> None:
+        """Compute what leaves a block from what enters it, for every frame of every sequence, into the store."""
+        reads, gives = tuple(reads), tuple(g for g in gives if g not in store)
+        if not gives:
+            return
+        held = shadow.run({}, shadow.fixed_values()) if shadow is self.shadow else {}
+        count, length = store[self.frame].shape[:2]
+
+        def run(s: int) -> dict[str, list[Tensor]]:
+            results: dict[str, list[Tensor]] = {g: [] for g in gives}
+            carried: dict[str, Tensor] = {}
+            for t in range(length):
+                made = shadow.run({**held, **{n: store[n][s, t] for n in reads}, **carried}, gives)
+                carried = {i: made[o] for i, o in states.items()}
+                for name, value in made.items():
+                    results[name].append(value)
+            return results
+
+        first = run(0)
+        for name, values in first.items():
+            store[name] = self._new((count, length, *values[0].shape))
+            store[name][0] = torch.stack(values)
+
+        def fill(s: int) -> None:
+            for name, values in run(s).items():
+                store[name][s] = torch.stack(values)
+
+        self.lanes.map(fill, range(1, count))
+
+    @torch.no_grad()
+    def _runs_in_batches(self) -> bool:
+        """Whether several frames can be stacked along the first axis."""
+        def feeds(s: int) -> dict[str, Tensor]:
+            return {n: values[0] for n, values in self.sequences[s].items()}
+
+        one, other = feeds(0), feeds(len(self.sequences) - 1)
+        outputs = tuple(v.name for v in self.exact.graph.outputs)
+        try:
+            both = self.exact.run({n: torch.cat([one[n], other[n]]) for n in one}, outputs)
+        except ModelError:
+            return False
+        alone = [self.exact.run(f, outputs) for f in (one, other)]
+        return all(both[n].shape[1:] == alone[0][n].shape[1:] and torch.allclose(
+            both[n], torch.cat([a[n] for a in alone]), atol=1e-3) for n in outputs)
+
+    # -- learning -----------------------------------------------------------------------------------
+
+    def _learn(self, block: _Block, nodes: set[str], floats: dict[str, Tensor], ours: dict[str, Tensor],
+               recipe: BlockRecipe, key: str, place: tuple[int, int]) -> dict[str, Any]:
+        context, shadow = self.context, self.shadow
+        original = dict(shadow.quantizers)
+        weights, activations = _quantizers_of(shadow, nodes)
+        before = self._loss(block, floats, ours)
+        learned = [p for p in parameters(shadow, recipe.learn, nodes) if p.constant not in self.learned]
+        soft = dict[str, SoftRounding]()
+        if "rounding" in recipe.learn:
+            for name, weight in weights.items():
+                if weight not in self.learned:
+                    soft[weight] = SoftRounding(_own(original[name]), shadow.parameter(weight))
+                    shadow.quantizers[name] = soft[weight]
+                    learned.append(Parameter("rounding", weight, soft[weight].v, torch.ones(())))
+        saved = context.checkpoint.load(key) if learned else None
+        if saved is None and learned:
+            for name in activations:
+                if recipe.drop > 0.0 and not recipe.separate:
+                    shadow.quantizers[name] = Dropped(_own(original[name]), recipe.drop)
+            self._descend(block, learned, list(soft.values()), floats, ours, recipe, key, place)
+        for name in {*weights, *activations}:
+            shadow.quantizers[name] = original[name]
+        for weight, rounding in soft.items():
+            rounding.settle(shadow.parameter(weight))
+        names = {p.constant for p in learned}
+        if saved is not None:
+            with torch.no_grad():
+                for name, value in saved.items():
+                    shadow.parameter(name).copy_(torch.from_numpy(value))
+        elif learned:
+            context.checkpoint.save(key, {n: shadow.parameter(n).detach().numpy() for n in sorted(names)})
+        shadow.write_back()
+        self.changed += assign(self.graph, shadow.graph, names)
+        after = self._loss(block, floats, ours)
+        shadow.quantizers.update(original)
+        self.learned |= names
+        context.progress(f"block {place[0] + 1} of {place[1]}, error {before:.4f} -> {after:.4f}",
+                         (place[0] + 1) / place[1])
+        return {"layers": len(weights), "error_before": before, "error_after": after}
+
+    def _descend(self, block: _Block, learned: list[Parameter], soft: list[SoftRounding], floats: dict[str, Tensor],
+                 ours: dict[str, Tensor], recipe: BlockRecipe, key: str, place: tuple[int, int]) -> None:
+        effort, seed = self.context.options.effort, self.context.options.seed
+        iterations = effort.block_iterations
+        rates = recipe.rates_for(iterations)
+        optimizer = Adam(learned, rates)
+        for p in learned:
+            p.parameter.requires_grad_()
+        count, length = ours[self.frame].shape[:2]
+        rng = np.random.default_rng((seed, *map(int, key.split("-")[1:])))
+        frames = max(LANES, effort.block_batch)
+        for step in range(iterations):
+            if block.states:
+                picked = [(int(s), None) for s in rng.permutation(count)[:max(LANES, frames // length)]]
+            else:
+                picked = [(int(k) // length, int(k) % length) for k in rng.permutation(count * length)[:frames]]
+            share = max(0.0, (step / iterations - 0.2) / 0.8)
+            sharpness = 20.0 - 18.0 * share if step >= 0.2 * iterations else 0.0
+            items = [picked[k::LANES] for k in range(LANES)] if self.batchable else [[p] for p in picked]
+
+            def loss(item: list[tuple[int, int | None]], sharpness: float = sharpness) -> Tensor:
+                total = self._error(block, item, floats, ours, recipe.drop if not recipe.separate else 0.0)
+                for rounding in soft if sharpness else ():
+                    total = total + recipe.rounding_weight * rounding.undecided(sharpness)
+                return total
+
+            self.lanes.gradients(loss, [i for i in items if i], [p.parameter for p in learned],
+                                 seed * 100003 + place[0] * 50021 + step)
+            cosine = 0.5 * (1.0 + math.cos(math.pi * step / iterations))
+            optimizer.step(cosine)
+            self.context.progress(f"block {place[0] + 1} of {place[1]}", (place[0] + (step + 1) / iterations) / place[1])
+        for p in learned:
+            p.parameter.requires_grad_(False)
+
+    def _error(self, block: _Block, item: list[tuple[int, int | None]], floats: dict[str, Tensor],
+               ours: dict[str, Tensor], drop: float) -> Tensor:
+        """Mean squared error, summed over channels, of what leaves the block."""
+        def read(store: dict[str, Tensor], name: str, t: int | None) -> Tensor:
+            return torch.cat([store[name][s, t if frame is None else frame] for s, frame in item])
+
+        times: Sequence[int | None] = range(ours[self.frame].shape[1]) if item[0][1] is None else (None,)
+        held = self.shadow.run({}, self._fixed(block)) if len(times) > 1 else {}
+        carried: dict[str, Tensor] = {}
+        total = torch.zeros(())
+        for t in times:
+            given = {}
+            for name in block.reads:
+                value = carried.get(name)
+                if value is None:
+                    value = read(ours, name, t)
+                    if drop > 0.0 and name not in self.states and name != self.frame:
+                        value = mixed(value, read(floats, self.sources.get(name, name), t), drop)
+                given[name] = value
+            made = self.shadow.run({**held, **given}, block.gives)
+            carried = {i: made[o] for i, o in block.states.items()}
+            for name, target in zip(block.gives, block.targets, strict=True):
+                off = (made[name] - read(floats, target, t)).square()
+                total = total + off.sum() * (off.shape[1] if off.ndim > 1 else 1) / off.numel()
+        return total / len(times)
+
+    def _fixed(self, block: _Block) -> tuple[str, ...]:
+        if block.fixed is None:
+            wanted = self.shadow.needed(block.reads, block.gives)
+            block.fixed = tuple(n for n in self.shadow.fixed_values() if n in wanted)
+        return block.fixed
+
+    @torch.no_grad()
+    def _loss(self, block: _Block, floats: dict[str, Tensor], ours: dict[str, Tensor]) -> float:
+        """The block's error relative to the power of what its float self gives, over a few sequences."""
+        length = ours[self.frame].shape[1]
+        count = min(4, ours[self.frame].shape[0])
+        items = [[(s, None)] if block.states else [(s, t)] for s in range(count) for t in range(length)][:8]
+        powers = sum(float(floats[n][:count].square().mean()) * floats[n].shape[3 if floats[n].ndim > 3 else -1]
+                     for n in block.targets)
+        errors = self.lanes.map(lambda item: float(self._error(block, item, floats, ours, 0.0)), items)
+        return float(np.mean(errors)) / max(powers, 1e-12)
+
+
+class _Block:
+    """The edges of a block: what enters and leaves it, the float names of what leaves, its states."""
+
+    def __init__(self, reads: tuple[str, ...], gives: tuple[str, ...], targets: list[str], states: dict[str, str],
+                 ) -> None:
+        self.reads, self.gives, self.targets, self.states = reads, gives, targets, states
+        self.fixed: tuple[str, ...] | None = None
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+def _own(quantizer: Callable[[Tensor], Tensor]) -> FakeQuantize:
+    assert isinstance(quantizer, FakeQuantize)
+    return quantizer
+
+
+def _quantizers_of(shadow: Shadow, nodes: set[str]) -> tuple[dict[str, str], list[str]]:
+    """Of a block: dequantized weights with the constants behind them, and dequantized activations."""
+    weights, activations = dict[str, str](), list[str]()
+    for node in shadow.graph.nodes:
+        name = node.outputs[0].name
+        if node.name not in nodes or name not in shadow.quantizers:
+            continue
+        value = node.inputs[0].inputs[0].inputs[0]
+        if not isinstance(value, Constant):
+            activations.append(name)
+        elif isinstance(shadow.quantizers[name], FakeQuantize) and _own(shadow.quantizers[name]).spec.signed:
+            weights[name] = value.name
+    return weights, activations
+
+
+def _with_quantizers(graph: Graph, blocks: Sequence[Any]) -> list[tuple[set[str], set[str]]]:
+    """Each block's nodes with the quantizers that belong to it, beside its nodes in the float graph."""
+    own = {name: index for index, block in enumerate(blocks) for name in block.nodes}
+    home = dict(own)
+    for node in graph.nodes:                        # behind what makes the value
+        producers = node.inputs[0].inputs if node.inputs else []
+        if node.name not in own and producers and producers[0].name in home:
+            home[node.name] = home[producers[0].name]
+    for node in reversed(graph.nodes):              # weights, frames and states: with the first reader
+        if node.name not in home:
+            readers = [home[r.name] for o in node.outputs for r in o.outputs if r.name in home]
+            home[node.name] = min(readers, default=len(blocks) - 1)
+    grouped: list[tuple[set[str], set[str]]] = [(set(), set(block.nodes)) for block in blocks]
+    for name, index in home.items():
+        grouped[index][0].add(name)
+    return grouped
+
+
+def _float_names(graph: Graph, renamed: dict[str, str]) -> dict[str, str]:
+    """What each value of the quantized graph stands for in the float one."""
+    return {v.name: renamed.get(s.name, s.name) for v in graph.values() for s in [float_source(v)]}

@@ -1,0 +1,124 @@
+"""What learning sees: crops of the footage, frame after frame, and the graph bound to the size of a crop.
+
+A crop of half the width and height costs a quarter, and random rescaling (0.5 to 1 of the frame), mirroring and
+running backwards make many sequences out of few clips. Crop number n is drawn from the seed and n alone, so that
+work can be shared out and resumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from vmq.clips import Clip
+from vmq.errors import ModelError
+from vmq.graph import Constant, Graph
+
+SHORT_SIDE = 128
+"""Crops are halved until their shorter side would be less than this."""
+BACKWARDS = 0.15
+"""Share of sequences that run backwards."""
+
+
+def crop_graph(graph: Graph, frame_input: str) -> Graph:
+    """A copy of a static graph at the size of a crop: its frame halved as often as `SHORT_SIDE` and its shapes allow.
+
+    Args:
+        graph: with static shapes.
+        frame_input: the input [1,3,H,W].
+    """
+    best = graph.copy()
+    frame = next(v for v in graph.inputs if v.name == frame_input)
+    ratio = 0.5
+    while ratio * min(frame.shape[2:]) >= SHORT_SIDE:
+        try:
+            best = resized(graph, ratio)
+        except ModelError:
+            break
+        ratio /= 2
+    return best
+
+
+def resized(graph: Graph, ratio: float) -> Graph:
+    """A copy of a static graph whose pictures, states and sizes to resize to are `ratio` times as high and wide.
+
+    Raises:
+        ModelError: a height or width is not whole then, or the shapes in the graph do not follow.
+    """
+    copy = graph.copy()
+
+    def scaled(shape: Sequence[int]) -> list[int]:
+        sides = [d * ratio for d in shape[2:]]
+        if any(s != int(s) for s in sides):
+            raise ModelError(f"a tensor of {list(shape)} cannot be made {ratio} times as large")
+        return [*shape[:2], *map(int, sides)]
+
+    pooled = {tuple(v.shape) for v in graph.values() if v.shape and len(v.shape) == 4 and tuple(v.shape[2:]) == (1, 1)}
+    for value in copy.inputs:
+        if len(value.shape) == 4 and tuple(value.shape) not in pooled:
+            value.shape = scaled(value.shape)
+    for node in copy.nodes:
+        place = {"Expand": 1, "Resize": 3}.get(node.op)
+        if place is not None and len(node.inputs) > place and isinstance(node.inputs[place], Constant):
+            sizes = np.asarray(node.inputs[place].values)
+            if sizes.size == 4 and tuple(sizes) not in pooled:
+                node.inputs[place] = copy.constant("size", np.asarray(scaled(sizes.tolist()), np.int64))
+    expected = {v.name: v.shape for v in copy.outputs}
+    for value in copy.values():
+        if not isinstance(value, Constant) and value.inputs:
+            value.shape = None
+    copy.infer_shapes()
+    for value in copy.outputs:
+        shape = expected[value.name]
+        want = scaled(shape) if shape and len(shape) == 4 and tuple(shape) not in pooled else shape
+        if list(value.shape or []) != list(want or []):
+            raise ModelError(f"output {value.name} is {value.shape} at {ratio} of the size, not {want}")
+    return copy
+
+
+class Crops:
+    """Random sequences of a fixed size out of clips.
+
+    Args:
+        clips: of one size, each read again and again.
+        size: (H, W) of the crops, at most that of the clips.
+        seed: of everything drawn.
+    """
+
+    def __init__(self, clips: Sequence[Clip], size: tuple[int, int], seed: int) -> None:
+        self.clips, self.size, self.seed = [c for c in clips if len(c)], size, seed
+
+    def draw(self, number: int, length: int) -> tuple[Tensor, Tensor | None]:
+        """Sequence number `number`: frames [T,1,3,h,w] and alpha [T,1,1,h,w] or None, float32 in 0..1.
+
+        T is `length`, or that of the clip where it is shorter.
+        """
+        rng = np.random.default_rng((self.seed, 7919, number))
+        clip = self.clips[rng.integers(len(self.clips))]
+        length = min(length, len(clip))
+        start = int(rng.integers(len(clip) - length + 1))
+        height, width = self.size
+        share = max(height / clip.size[0], width / clip.size[1])
+        share += (1.0 - share) * rng.random()
+        shape = max(height, round(clip.size[0] * share)), max(width, round(clip.size[1] * share))
+        top, left = (int(rng.integers(n - m + 1)) for n, m in zip(shape, self.size, strict=True))
+        mirrored, backwards = rng.random() < 0.5, rng.random() < BACKWARDS
+
+        def cut(picture: np.ndarray) -> Tensor:
+            picture = picture.transpose(1, 2, 0) if picture.ndim == 3 else picture[..., None]
+            if shape != picture.shape[:2]:
+                picture = cv2.resize(picture, shape[::-1], interpolation=cv2.INTER_AREA)
+                picture = picture if picture.ndim == 3 else picture[..., None]
+            picture = picture[top:top + height, left:left + width].transpose(2, 0, 1)
+            return torch.from_numpy(np.ascontiguousarray(picture[:, :, ::-1] if mirrored else picture)).float() / 255.0
+
+        def stack(pictures: Sequence[Tensor]) -> Tensor:
+            return torch.stack(list(pictures)[::-1] if backwards else list(pictures))[:, None]
+
+        mattes = clip.alpha(start, start + length)
+        return (stack([cut(f) for f in clip.frames(start, start + length)]),
+                None if mattes is None else stack([cut(m) for m in mattes]))
