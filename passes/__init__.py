@@ -6,6 +6,7 @@ from passes.calibrate_network import CalibrateNetwork
 from passes.calibrate_ranges import CalibrateRanges
 from passes.check_input import CheckInput
 from passes.correct_biases import CorrectBiases
+from passes.equalize import Equalize
 from passes.find_closures import FindClosures
 from passes.fold_batchnorm import FoldBatchnorm
 from passes.fold_shapes import FoldShapes
@@ -26,6 +27,7 @@ PIPELINE: tuple[Pass, ...] = (
     FuseHardswish(),
     FoldBatchnorm(),
     AlignChannels(),
+    Equalize(),
     FindClosures(),
     InsertQdq(),
     CalibrateRanges(),

@@ -1,7 +1,9 @@
 """Calibrate the whole network, unrolled in time, on its own alpha: PTQ4VM's second stage, and ours.
 
-Sequences run through the float network (the teacher) and the quantized one side by side. Frames at their start only
-warm the quantized network's own states up; gradients go through those after them. The loss is a weighted sum of
+Streams of frames run through the float network (the teacher) and the quantized one side by side, each from its own
+state. A step takes the next few frames of some streams, sends gradients back through these, and leaves the new states
+for the stream's next turn (truncated backpropagation through time): the states are warm, and they are the quantized
+network's own. The loss is a weighted sum of
 
     l1          mean |p - t|                                  p alpha, t the teacher's or the true one
     laplacian   sum over levels k of 2^k mean |L_k(p - t)|    (Hou and Liu 2019, as in RVM's training)
@@ -28,7 +30,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812  (its customary name)
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vmq.crops import Crops, crop_graph
@@ -38,7 +41,7 @@ from vmq.graph import Constant, Graph
 from vmq.lanes import Lanes
 from vmq.learning import Adam, Parameter, assign, parameters
 from vmq.pipeline import Context, Pass, PassResult
-from vmq.runtime import Session
+from vmq.runtime import Session, create_session
 from vmq.shadow import Shadow
 from vmq.spec import NetworkRecipe
 
@@ -48,6 +51,8 @@ GATE_CLIPS = 4
 """Sequences that are run in closed loop."""
 GATE_NUMBER = 1 << 40
 """Number of the first of them; those that are learned on have smaller ones."""
+STREAMS = 8
+"""Streams that take turns."""
 WARM_UP = 10
 """Steps over which rates grow to their full size, at most a tenth of all."""
 LONGEST = 1.0
@@ -85,6 +90,17 @@ class _Affine:
     bias: str | None
 
 
+class _Stream:
+    """A sequence that is run on with every turn, and where it stands in it."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.place = number, 0
+        self.frames = torch.empty(0)
+        self.truth: Tensor | None = None
+        self.ours: dict[str, Tensor] = {}
+        self.theirs: dict[str, NDArray[Any]] = {}
+
+
 class _Calibration:
     def __init__(self, graph: Graph, context: Context, recipe: NetworkRecipe, lanes: Lanes) -> None:
         assert context.reference is not None
@@ -93,13 +109,15 @@ class _Calibration:
         pictures = session.pictures()
         self.frame, self.states = session.frame_input, {p.input: p.output for p in session.state_pairs}
         self.alpha, self.foreground = pictures[1], pictures.get(3)
-        self.teacher = Shadow(crop_graph(context.reference, self.frame))
+        teacher = crop_graph(context.reference, self.frame)
         self.shadow = Shadow(crop_graph(graph, self.frame))
-        size = next(v.shape for v in self.teacher.graph.inputs if v.name == self.frame)[2:]
+        size = next(v.shape for v in teacher.inputs if v.name == self.frame)[2:]
         self.crops = Crops(context.footage or context.clips, (size[0], size[1]), context.options.seed + 1)
         self.start = {v.name: torch.zeros(v.shape) for v in self.shadow.graph.inputs if v.name in self.states}
         self.outputs = tuple(dict.fromkeys((self.alpha, *self.states.values(), *(
             (self.foreground,) if self.foreground and recipe.foreground else ()))))
+        self.teacher = create_session(teacher, threads=1)
+        self.streams = [_Stream(k) for k in range(STREAMS)]
         self.affine = _affines(self.shadow) if "affine" in recipe.learn else []
         kinds = set(recipe.learn) - {"affine"}
         self.learned = parameters(self.shadow, kinds)
@@ -116,7 +134,7 @@ class _Calibration:
                  "weight_scale": recipe.weight_scale_rate, "zero": recipe.zero_rate, "bias": recipe.bias_rate}
         optimizer = Adam(self.learned, rates)
         weights = [p.parameter for p in self.learned if p.kind == "weight"]
-        gates = [self._teach(GATE_NUMBER + k, max(8, effort.loop_frames // GATE_CLIPS)) for k in range(GATE_CLIPS)]
+        gates = [self._gate_on(GATE_NUMBER + k, max(8, effort.loop_frames // GATE_CLIPS)) for k in range(GATE_CLIPS)]
         at = sorted({round(steps * (k + 1) / effort.gates) for k in range(effort.gates)})
         first, best, history = self._resume(optimizer)
         if not history:
@@ -126,8 +144,8 @@ class _Calibration:
             p.parameter.requires_grad_()
         losses: list[float] = []
         for step in range(first, steps):
-            losses.append(self.lanes.gradients(self._loss, [step * effort.batch + k for k in range(effort.batch)],
-                                               [p.parameter for p in self.learned],
+            turn = [(step * effort.batch + k) % STREAMS for k in range(effort.batch)]
+            losses.append(self.lanes.gradients(self._loss, turn, [p.parameter for p in self.learned],
                                                self.context.options.seed * 100003 + step))
             nn.utils.clip_grad_norm_([w for w in weights if w.grad is not None], LONGEST)
             ramp = min(1.0, (step + 1) / min(WARM_UP, max(1, steps // 10)))
@@ -149,25 +167,20 @@ class _Calibration:
 
     # -- losses -------------------------------------------------------------------------------------
 
-    def _loss(self, number: int) -> Tensor:
-        recipe, unrolled = self.recipe, self.context.options.effort.unrolled
-        warm = int(np.random.default_rng((self.context.options.seed, 31, number)).choice(recipe.warm))
-        frames, targets, taught = self._teach(number, warm + unrolled)
-        warm = max(0, len(frames) - unrolled)
-        held = self._held()
-        state, total, last = dict(self.start), torch.zeros(()), None
-        pairs = self._flows(frames[warm:]) if self.flow is not None else None
-        count = len(frames) - warm
-        with torch.no_grad():
-            fixed = {n: v.detach() for n, v in held.items()}
-            for t in range(warm):
-                made = self.shadow.run({**fixed, self.frame: frames[t], **state}, tuple(self.states.values()))
-                state = {i: made[o] for i, o in self.states.items()}
-        for t in range(warm, len(frames)):
-            made = self.shadow.run({**held, self.frame: frames[t], **state}, self.outputs)
+    def _loss(self, index: int) -> Tensor:
+        """The loss over a stream's next frames; the stream moves on."""
+        recipe, stream = self.recipe, self._at_next(index)
+        count = min(self.context.options.effort.unrolled, len(stream.frames))
+        times = range(stream.place, stream.place + count)
+        frames = stream.frames[times.start:times.stop]
+        taught, stream.theirs = self._teach(frames, stream.theirs)
+        held, state, total, last = self._held(), stream.ours, torch.zeros(()), None
+        pairs = flows(self.flow, _pictures(frames)) if self.flow is not None else None
+        for t, frame in enumerate(frames):
+            made = self.shadow.run({**held, self.frame: frame, **state}, self.outputs)
             state = {i: made[o] for i, o in self.states.items()}
-            alpha, target = made[self.alpha], targets[t]
-            off = alpha - target
+            alpha = made[self.alpha]
+            off = alpha - (taught[t][self.alpha] if stream.truth is None else stream.truth[times[t]])
             if recipe.l1:
                 total = total + recipe.l1 / count * off.abs().mean()
             if recipe.laplacian:
@@ -184,30 +197,60 @@ class _Calibration:
             if last is not None and recipe.temporal:
                 total = total + recipe.temporal / (count - 1) * (off - last[1]).square().mean()
             if last is not None and pairs is not None:
-                total = total + recipe.flow / (count - 1) * temporal_loss(last[0], alpha, *pairs[t - warm - 1])
+                flow = torch.from_numpy(pairs[t - 1:t])
+                total = total + recipe.flow / (count - 1) * temporal_loss(last[0], alpha, flow)
             last = alpha, off
+        stream.place += count
+        stream.ours = {i: v.detach() for i, v in state.items()}
         return total
 
-    @torch.no_grad()
-    def _teach(self, number: int, length: int) -> tuple[Tensor, list[Tensor], list[dict[str, Tensor]]]:
-        """A sequence, with the alpha to aim at and what the teacher gives in each of its frames."""
-        frames, truth = self.crops.draw(number, length)
-        state, taught = dict(self.start), []
+    def _at_next(self, index: int) -> _Stream:
+        """The stream with some frames left, from the zero state where it begins anew."""
+        stream, unrolled = self.streams[index], self.context.options.effort.unrolled
+        if stream.place and stream.place + unrolled > len(stream.frames):
+            stream = self.streams[index] = _Stream(stream.number + STREAMS)
+        if not stream.place:
+            self._draw(stream)
+            stream.ours = dict(self.start)
+            stream.theirs = {n: v.numpy() for n, v in self.start.items()}
+        return stream
+
+    def _draw(self, stream: _Stream) -> None:
+        length = max(self.context.options.effort.unrolled, self.recipe.length)
+        short = np.random.default_rng((self.context.options.seed, 31, stream.number)).integers(1, length + 1)
+        stream.frames, stream.truth = self.crops.draw(stream.number, length)
+        if stream.number < STREAMS:           # so that they do not all begin anew at once
+            stream.frames = stream.frames[:max(self.context.options.effort.unrolled, int(short))]
+        if self.recipe.teacher != "alpha":
+            stream.truth = None
+
+    def _teach(self, frames: Tensor, state: dict[str, NDArray[Any]],
+               ) -> tuple[list[dict[str, Tensor]], dict[str, NDArray[Any]]]:
+        """What the teacher gives in each frame, and the state that it ends in."""
+        taught = []
         for frame in frames:
-            made = self.teacher.run({self.frame: frame, **state}, self.outputs)
+            made = dict(zip(self.outputs, self.teacher.run(self.outputs, {self.frame: frame.numpy(), **state}),
+                            strict=True))
             state = {i: made[o] for i, o in self.states.items()}
-            taught.append(made)
-        use = truth if self.recipe.teacher == "alpha" else None
-        return frames, [m[self.alpha] if use is None else use[t] for t, m in enumerate(taught)], taught
+            taught.append({n: torch.from_numpy(v) for n, v in made.items()})
+        return taught, state
+
+    def _gate_on(self, number: int, length: int) -> tuple[Tensor, list[Tensor]]:
+        """A sequence to look at closed-loop error on, with the alpha to aim at."""
+        frames, truth = self.crops.draw(number, length)
+        if truth is not None and self.recipe.teacher == "alpha":
+            return frames, list(truth)
+        taught, _ = self._teach(frames, {n: v.numpy() for n, v in self.start.items()})
+        return frames, [m[self.alpha] for m in taught]
 
     @torch.no_grad()
-    def _gate(self, gates: Sequence[tuple[Tensor, list[Tensor], Any]]) -> float:
+    def _gate(self, gates: Sequence[tuple[Tensor, list[Tensor]]]) -> float:
         """Mean |p - t| x 1e3 in closed loop from the zero state over longer sequences."""
         held = self._held()
 
-        def error(gate: tuple[Tensor, list[Tensor], Any]) -> float:
+        def error(gate: tuple[Tensor, list[Tensor]]) -> float:
             state, errors = dict(self.start), []
-            for frame, target in zip(gate[0], gate[1], strict=True):
+            for frame, target in zip(*gate, strict=True):
                 made = self.shadow.run({**held, self.frame: frame, **state}, self.outputs)
                 state = {i: made[o] for i, o in self.states.items()}
                 errors.append(float((made[self.alpha] - target).abs().mean()))
@@ -224,16 +267,14 @@ class _Calibration:
                 held[layer.bias] = layer.gamma * self.shadow.parameter(layer.bias) + layer.beta
         return held
 
-    def _flows(self, frames: Tensor) -> list[tuple[Tensor, None]]:
-        pictures = (frames[:, 0] * 255.0).round().to(torch.uint8).numpy()
-        assert self.flow is not None
-        return [(torch.from_numpy(f)[None], None) for f in flows(self.flow, pictures)]
-
     # -- resuming -----------------------------------------------------------------------------------
 
     def _keep(self, optimizer: Adam, best: list[Tensor], history: list[tuple[int, float]]) -> None:
         arrays = {f"t{k}": t.numpy() for k, t in enumerate(optimizer.tensors())}
         arrays |= {f"b{k}": t.numpy() for k, t in enumerate(best)}
+        arrays |= {f"s{k}{name}": np.asarray(value) for k, stream in enumerate(self.streams)
+                   for name, value in (("", (stream.number, stream.place)), *(
+                       (f"{whose}{n}", v) for whose in ("ours", "theirs") for n, v in getattr(stream, whose).items()))}
         self.context.checkpoint.save("network", arrays | {"history": np.array(history)})
 
     @torch.no_grad()
@@ -245,7 +286,20 @@ class _Calibration:
         for k, tensor in enumerate(optimizer.tensors()):
             tensor.copy_(torch.from_numpy(saved[f"t{k}"]))
         optimizer.count = history[-1][0]
+        for k in range(STREAMS):
+            number, place = (int(n) for n in saved[f"s{k}"])
+            stream = self.streams[k] = _Stream(number)
+            if place:
+                self._draw(stream)
+                stream.place = place
+                stream.ours = {n: torch.from_numpy(saved[f"s{k}ours{n}"]) for n in self.start}
+                stream.theirs = {n: saved[f"s{k}theirs{n}"] for n in self.start}
         return history[-1][0], [torch.from_numpy(saved[f"b{k}"]) for k in range(len(self.learned))], history
+
+
+def _pictures(frames: Tensor) -> NDArray[np.uint8]:
+    pictures: NDArray[np.uint8] = (frames[:, 0] * 255.0).round().to(torch.uint8).numpy()
+    return pictures
 
 
 def laplacian(off: Tensor) -> Tensor:
@@ -273,7 +327,7 @@ def _affines(shadow: Shadow) -> list[_Affine]:
         if not isinstance(quantize.inputs[0], Constant):
             continue
         bias = node.inputs[2] if len(node.inputs) > 2 and isinstance(node.inputs[2], Constant) else None
-        if bias is None and len(node.inputs) > 2 or bias is not None and len(bias.outputs) > 1:
+        if len(node.inputs) > 2 if bias is None else len(bias.outputs) > 1:
             continue
         found.append(_Affine(nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(())), quantize.inputs[0].name,
                              node.inputs[1].name, quantize.inputs[1].name, None if bias is None else bias.name))

@@ -58,7 +58,7 @@ class Equalize(Pass):
     name: ClassVar[str] = "equalize"
 
     def run(self, graph: Graph, context: Context) -> PassResult:
-        if not getattr(context.options.recipe, "equalize", False):
+        if not context.options.recipe.equalize:
             return PassResult()
         pairs = _pairs(graph)
         rounds = _equalize(pairs)

