@@ -39,7 +39,7 @@ from vmq.errors import PassError
 from vmq.flow import flows, open_flow, temporal_loss
 from vmq.graph import Constant, Graph
 from vmq.lanes import Lanes
-from vmq.learning import Adam, Parameter, assign, parameters
+from vmq.learning import Adam, Parameter, assign, coarse, parameters
 from vmq.pipeline import Context, Pass, PassResult
 from vmq.runtime import Session, create_session
 from vmq.shadow import Shadow
@@ -119,8 +119,7 @@ class _Calibration:
         self.teacher = create_session(teacher, threads=1)
         self.streams = [_Stream(k) for k in range(STREAMS)]
         self.affine = _affines(self.shadow) if "affine" in recipe.learn else []
-        kinds = set(recipe.learn) - {"affine"}
-        self.learned = parameters(self.shadow, kinds)
+        self.learned = parameters(self.shadow, set(recipe.learn) - {"affine"})
         for layer in self.affine:
             self.learned += [Parameter("affine", "", layer.gamma, torch.ones(())),
                              Parameter("affine", "", layer.beta, torch.ones(()))]
@@ -143,7 +142,10 @@ class _Calibration:
         for p in self.learned:
             p.parameter.requires_grad_()
         losses: list[float] = []
+        exact = dict(self.shadow.quantizers)
+        stand_ins = coarse(exact, self.context.options)
         for step in range(first, steps):
+            self.shadow.quantizers.update(stand_ins)
             turn = [(step * effort.batch + k) % STREAMS for k in range(effort.batch)]
             losses.append(self.lanes.gradients(self._loss, turn, [p.parameter for p in self.learned],
                                                self.context.options.seed * 100003 + step))
@@ -151,6 +153,7 @@ class _Calibration:
             ramp = min(1.0, (step + 1) / min(WARM_UP, max(1, steps // 10)))
             optimizer.step(ramp * 0.5 * (1.0 + math.cos(math.pi * step / steps)))
             self.context.progress(f"loss {np.mean(losses[-20:]):.4f}", (step + 1) / steps)
+            self.shadow.quantizers.update(exact)
             if step + 1 in at:
                 history.append((step + 1, self._gate(gates)))
                 if history[-1][1] <= min(h[1] for h in history):

@@ -34,7 +34,7 @@ from vmq.fakequant import FakeQuantize
 from vmq.graph import Constant, Graph
 from vmq.lanes import LANES, Lanes
 from vmq.layers import float_source
-from vmq.learning import Adam, Dropped, Parameter, SoftRounding, assign, mixed, parameters
+from vmq.learning import Adam, Dropped, Parameter, SoftRounding, assign, coarse, mixed, parameters
 from vmq.pipeline import Context, Pass, PassResult
 from vmq.runtime import Session
 from vmq.shadow import Shadow
@@ -227,8 +227,11 @@ class _Reconstruction:
                     learned.append(Parameter("rounding", weight, soft[weight].v, torch.ones(())))
         saved = context.checkpoint.load(key) if learned else None
         if saved is None and learned:
+            stand_ins = {} if recipe.separate else coarse({n: original[n] for n in activations}, context.options)
             for name in activations:
-                if recipe.drop > 0.0 and not recipe.separate:
+                if name in stand_ins:
+                    shadow.quantizers[name] = stand_ins[name]
+                elif recipe.drop > 0.0 and not recipe.separate:
                     shadow.quantizers[name] = Dropped(_own(original[name]), recipe.drop)
             self._descend(block, learned, list(soft.values()), floats, ours, recipe, key, place)
         for name in {*weights, *activations}:

@@ -58,6 +58,8 @@ class Lanes:
             place, item = job
             _own.generator = torch.Generator().manual_seed(seed * 1009 + place)
             value = loss(item)
+            if not value.requires_grad:
+                return float(value), (None,) * len(parameters)
             return float(value.detach()), torch.autograd.grad(value, parameters, allow_unused=True)
 
         results = list(self._pool.map(one, enumerate(items)))

@@ -12,18 +12,21 @@ scales, and one integer for zero points. One rate then suits tensors whose value
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vmq.fakequant import FakeQuantize, along, grid_scale, grid_zero
 from vmq.graph import Constant, Graph
 from vmq.lanes import generator
 from vmq.shadow import Shadow
+from vmq.spec import Options
 
 KINDS = ("weight", "rounding", "weight_scale", "scale", "zero", "bias")
 """What a recipe may name under `learn`."""
@@ -179,6 +182,22 @@ class Dropped(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x, rounded where a coin says so."""
         return mixed(self.quantizer(x), x, self.probability)
+
+
+def coarse(quantizers: Mapping[str, Callable[[Tensor], Tensor]], options: Options,
+           ) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Stand-ins, by name, for quantizers whose steps are too fine to teach anything: they clip and do not round.
+
+    Those are 8-bit activations where 4 bits are nominal. A stand-in takes a third of the time, and keeps to the range
+    that the quantizer has now; its scale and zero point are not learned.
+    """
+    found: dict[str, Callable[[Tensor], Tensor]] = {}
+    for name, quantizer in quantizers.items():
+        if options.bits.activations == 4 and isinstance(quantizer, FakeQuantize) \
+                and not quantizer.spec.signed and quantizer.spec.bits == 8 and quantizer.limits == (0, 255):
+            zero, scale = float(grid_zero(quantizer.zero, quantizer.spec)), float(grid_scale(quantizer.scale))
+            found[name] = partial(F.hardtanh, min_val=-zero * scale, max_val=(255.0 - zero) * scale)
+    return found
 
 
 def mixed(x: Tensor, exact: Tensor, probability: float) -> Tensor:
