@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmq.errors import OptionError
-from vmq.spec import CONTAINERS, TARGETS, Bits, Options, QuantSpec, Recipe
+from vmq.spec import CONTAINERS, TARGETS, Bits, BlockRecipe, NetworkRecipe, Options, QuantSpec, Recipe
 
 
 def one_line(error: pytest.ExceptionInfo[OptionError]) -> str:
@@ -75,23 +75,37 @@ def test_recipe_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text("range_norm = 3\nsamples = 2048\n")
     assert Recipe.load(str(path)) == Recipe("mine", range_norm=3.0, samples=2048)
+    path.write_text("[blocks]\ndrop = 0\nlearn = ['rounding']\n[network]\nl1 = 1\nlength = 3\n")
+    assert Recipe.load(str(path)) == Recipe("mine", blocks=BlockRecipe(drop=0.0, learn=("rounding",)),
+                                            network=NetworkRecipe(l1=1.0, length=3))
     path.write_text("")
     assert Recipe.load(str(path)) == Recipe("mine")
 
 
 @pytest.mark.parametrize(("content", "said"), [
-    ("range_nrom = 2.4", "unknown key 'range_nrom'; known are bias_frames, frames, range_norm, range_steps, samples"),
+    ("range_nrom = 2.4", "unknown key 'range_nrom'; known are correct_biases, equalize, range_norm, range_steps, samples"),
     ("name = 'x'", "unknown key 'name'"),
     ("range_norm = '2.4'", "range_norm is '2.4'; give a number"),
     ("range_norm = true", "range_norm is True; give a number"),
-    ("range_steps = 2.5", "range_steps is 2.5; give a number"),
-    ("samples = [1]", r"samples is \[1\]; give a number"),
-    ("[samples]\na = 1", "give a number"),
+    ("range_steps = 2.5", "range_steps is 2.5; give a whole number"),
+    ("samples = [1]", r"samples is \[1\]; give a whole number"),
+    ("[samples]\na = 1", "give a whole number"),
     ("range_norm = 0.5", "range_norm is 0.5; give 1 to 10"),
     ("range_norm = nan", "range_norm is nan"),
     ("range_norm = inf", "range_norm is inf"),
     ("range_steps = 1", "give 2 to 10000"),
     ("samples = 10", "give 1024 to"),
+    ("equalize = 1", "equalize is 1; give true or false"),
+    ("blocks = 1", r"blocks is 1; give a table \[blocks\]"),
+    ("[blocks]\ndrap = 0.5", r"\[blocks\]: unknown key 'drap'; known are bias_rate, drop, "),
+    ("[blocks]\ndrop = 1.0", r"\[blocks\]: drop is 1.0; give 0 to below 1"),
+    ("[blocks]\nscale_rate = -1.0", "scale_rate is -1.0; give 0 or more"),
+    ("[blocks]\nscale_rate = nan", "scale_rate is nan; give 0 or more"),
+    ("[blocks]\nlearn = ['affine']", "learn names 'affine'; known are bias, rounding, "),
+    ("[blocks]\nlearn = 'bias'", "learn is 'bias'; give a list"),
+    ("[blocks]\nlearn = [1]", r"learn is \[1\]; give a list"),
+    ("[network]\nteacher = 'me'", "teacher is 'me'; give float or alpha"),
+    ("[network]\nlength = 0", "length is 0; give 1 or more"),
     ("range_norm = ", "not valid TOML"),
     ("range_norm = 1\nrange_norm = 2", "not valid TOML"),
     ("\x00", "not valid TOML"),
@@ -133,7 +147,7 @@ def test_options_describe_themselves_in_json() -> None:
     options = Options(bits=Bits.parse("w4a8"), size=(288, 512), downsample_ratio=0.25, keep={"first": 8},
                       pairs={"r1i": "r1o"}, container="int8", seed=3)
     assert json.loads(json.dumps(options.describe())) == {
-        "bits": "W4A8", "recipe": "mse", "target": "cpu", "container": "int8", "size": [288, 512],
+        "bits": "W4A8", "recipe": "mse", "effort": "standard", "target": "cpu", "container": "int8", "size": [288, 512],
         "downsample_ratio": 0.25, "keep": {"first": 8}, "pairs": {"r1i": "r1o"}, "seed": 3}
     assert all(Options(container=c).container == c for c in CONTAINERS)
     assert json.dumps(Options().describe())

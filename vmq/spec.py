@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -182,9 +183,11 @@ class BlockRecipe:
     iterations: int = 20_000
 
     def __post_init__(self) -> None:
-        _check_learned("blocks", self.learn, set(LEARNABLE) - {"affine"})
-        if not 0.0 <= self.drop < 1.0:
-            raise OptionError(f"recipe: blocks.drop is {self.drop}; give 0 to below 1")
+        _check_part(self, set(LEARNABLE) - {"affine"})
+        if self.drop >= 1.0:
+            raise OptionError(f"drop is {self.drop}; give 0 to below 1")
+        if self.iterations < 1:
+            raise OptionError(f"iterations is {self.iterations}; give 1 or more")
 
     def rates_for(self, iterations: int) -> dict[str, float]:
         """The rate of each kind when a block takes `iterations` steps: fewer steps are longer, up to 60 times."""
@@ -230,11 +233,11 @@ class NetworkRecipe:
     share: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_learned("network", self.learn, set(LEARNABLE) - {"rounding"})
+        _check_part(self, set(LEARNABLE) - {"rounding"})
         if self.teacher not in ("float", "alpha"):
-            raise OptionError(f"recipe: network.teacher is {self.teacher!r}; give float or alpha")
+            raise OptionError(f"teacher is {self.teacher!r}; give float or alpha")
         if self.length < 1:
-            raise OptionError(f"recipe: network.length is {self.length}; give 1 or more")
+            raise OptionError(f"length is {self.length}; give 1 or more")
 
 
 @dataclass(frozen=True)
@@ -289,7 +292,11 @@ class Recipe:
         for part, kind in (("blocks", BlockRecipe), ("network", NetworkRecipe)):
             inner = table.pop(part, None)
             if isinstance(inner, dict):
-                parts[part] = kind(**_typed(kind, inner, f"{path}: [{part}]"))
+                values = _typed(kind, inner, f"{path}: [{part}]")
+                try:
+                    parts[part] = kind(**values)
+                except OptionError as error:
+                    raise OptionError(f"recipe {path}: [{part}]: {error}") from error
             elif inner is not None:
                 raise OptionError(f"recipe {path}: {part} is {inner!r}; give a table [{part}]")
         return cls(name=path.stem, **_typed(cls, table, str(path)), **parts)
@@ -316,10 +323,13 @@ def _typed(kind: Any, table: Mapping[str, Any], where: str) -> dict[str, Any]:
     return values
 
 
-def _check_learned(where: str, learn: tuple[str, ...], known: set[str]) -> None:
-    for kind in learn:
+def _check_part(part: BlockRecipe | NetworkRecipe, known: set[str]) -> None:
+    for kind in part.learn:
         if kind not in known:
-            raise OptionError(f"recipe: {where}.learn names {kind!r}; known are {', '.join(sorted(known))}")
+            raise OptionError(f"learn names {kind!r}; known are {', '.join(sorted(known))}")
+    for name, value in vars(part).items():
+        if isinstance(value, float) and not 0.0 <= value < math.inf:
+            raise OptionError(f"{name} is {value}; give 0 or more")
 
 
 @dataclass(frozen=True)
