@@ -221,11 +221,9 @@ class _Calibration:
     def _draw(self, stream: _Stream) -> None:
         length = max(self.context.options.effort.unrolled, self.recipe.length)
         short = np.random.default_rng((self.context.options.seed, 31, stream.number)).integers(1, length + 1)
-        stream.frames, stream.truth = self.crops.draw(stream.number, length)
+        stream.frames, stream.truth = self.crops.draw(stream.number, length, alpha=self.recipe.teacher == "alpha")
         if stream.number < STREAMS:           # so that they do not all begin anew at once
             stream.frames = stream.frames[:max(self.context.options.effort.unrolled, int(short))]
-        if self.recipe.teacher != "alpha":
-            stream.truth = None
 
     def _teach(self, frames: Tensor, state: dict[str, NDArray[Any]],
                ) -> tuple[list[dict[str, Tensor]], dict[str, NDArray[Any]]]:
@@ -240,8 +238,8 @@ class _Calibration:
 
     def _gate_on(self, number: int, length: int) -> tuple[Tensor, list[Tensor]]:
         """A sequence to look at closed-loop error on, with the alpha to aim at."""
-        frames, truth = self.crops.draw(number, length)
-        if truth is not None and self.recipe.teacher == "alpha":
+        frames, truth = self.crops.draw(number, length, alpha=self.recipe.teacher == "alpha")
+        if truth is not None:
             return frames, list(truth)
         taught, _ = self._teach(frames, {n: v.numpy() for n, v in self.start.items()})
         return frames, [m[self.alpha] for m in taught]

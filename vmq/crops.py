@@ -1,17 +1,19 @@
 """What learning sees: crops of the footage, frame after frame, and the graph bound to the size of a crop.
 
-A crop of half the width and height costs a quarter, and random rescaling (0.5 to 1 of the frame), mirroring and
-running backwards make many sequences out of few clips. Crop number n is drawn from the seed and n alone, so that
-work can be shared out and resumed.
+A crop of half the width and height costs a quarter, and random rescaling (0.5 to 1 of the frame), mirroring, running
+backwards and other colours make many sequences out of few clips: the float network says what is right in them. Crop
+number n is drawn from the seed and n alone, so that work can be shared out and resumed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vmq.clips import Clip
@@ -22,6 +24,8 @@ SHORT_SIDE = 128
 """Crops are halved until their shorter side would be less than this."""
 BACKWARDS = 0.15
 """Share of sequences that run backwards."""
+GAIN, GAMMA = 0.3, 0.4
+"""Each colour is multiplied by 1 - GAIN to 1 + GAIN, and raised to a power of exp(-GAMMA) to exp(GAMMA)."""
 
 
 def crop_graph(graph: Graph, frame_input: str) -> Graph:
@@ -92,8 +96,8 @@ class Crops:
     def __init__(self, clips: Sequence[Clip], size: tuple[int, int], seed: int) -> None:
         self.clips, self.size, self.seed = [c for c in clips if len(c)], size, seed
 
-    def draw(self, number: int, length: int) -> tuple[Tensor, Tensor | None]:
-        """Sequence number `number`: frames [T,1,3,h,w] and alpha [T,1,1,h,w] or None, float32 in 0..1.
+    def draw(self, number: int, length: int, alpha: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Sequence number `number`: frames [T,1,3,h,w] and, if asked for and known, alpha [T,1,1,h,w], in 0..1.
 
         T is `length`, or that of the clip where it is shorter.
         """
@@ -107,18 +111,23 @@ class Crops:
         shape = max(height, round(clip.size[0] * share)), max(width, round(clip.size[1] * share))
         top, left = (int(rng.integers(n - m + 1)) for n, m in zip(shape, self.size, strict=True))
         mirrored, backwards = rng.random() < 0.5, rng.random() < BACKWARDS
+        gains, gamma = 1.0 + GAIN * rng.uniform(-1.0, 1.0, 3), np.exp(GAMMA * rng.uniform(-1.0, 1.0))
+        curves = np.minimum(np.linspace(0.0, 1.0, 256)[:, None] ** gamma * gains, 1.0)
+        curves = np.rint(255.0 * curves).astype(np.uint8)[None]
 
-        def cut(picture: np.ndarray) -> Tensor:
-            picture = picture.transpose(1, 2, 0) if picture.ndim == 3 else picture[..., None]
-            if shape != picture.shape[:2]:
-                picture = cv2.resize(picture, shape[::-1], interpolation=cv2.INTER_AREA)
-                picture = picture if picture.ndim == 3 else picture[..., None]
-            picture = picture[top:top + height, left:left + width].transpose(2, 0, 1)
-            return torch.from_numpy(np.ascontiguousarray(picture[:, :, ::-1] if mirrored else picture)).float() / 255.0
+        def cut(picture: NDArray[np.uint8], colours: NDArray[np.uint8] | None = None) -> Tensor:
+            rows: Any = np.ascontiguousarray(picture.transpose(1, 2, 0) if picture.ndim == 3 else picture)
+            if shape != rows.shape[:2]:
+                rows = cv2.resize(rows, shape[::-1], interpolation=cv2.INTER_AREA)
+            rows = rows[top:top + height, left:left + width]
+            rows = rows if colours is None else cv2.LUT(np.ascontiguousarray(rows), colours)
+            rows = rows[:, ::-1] if mirrored else rows
+            rows = rows.reshape(height, width, -1).transpose(2, 0, 1)
+            return torch.from_numpy(np.ascontiguousarray(rows)).float() / 255.0
 
         def stack(pictures: Sequence[Tensor]) -> Tensor:
             return torch.stack(list(pictures)[::-1] if backwards else list(pictures))[:, None]
 
-        mattes = clip.alpha(start, start + length)
-        return (stack([cut(f) for f in clip.frames(start, start + length)]),
+        mattes = clip.alpha(start, start + length) if alpha else None
+        return (stack([cut(f, curves) for f in clip.frames(start, start + length)]),
                 None if mattes is None else stack([cut(m) for m in mattes]))
