@@ -9,7 +9,7 @@ network's own. The loss is a weighted sum of
     laplacian   sum over levels k of 2^k mean |L_k(p - t)|    (Hou and Liu 2019, as in RVM's training)
     mse         mean (p - t)^2                                (PTQ4VM's GAC)
     temporal    mean ((p_n - p_n-1) - (t_n - t_n-1))^2        (RVM's training)
-    state       mean (h' - h)^2 / mean h^2                    every recurrent state
+    state       mean (h' - h)^2 / E h^2                       every recurrent state
     foreground  mean |f' - f|
     flow        mean |p_n - warp(p_n-1)|                      (PTQ4VM's OFA, vmq/flow.py)
 
@@ -117,6 +117,7 @@ class _Calibration:
         self.outputs = tuple(dict.fromkeys((self.alpha, *self.states.values(), *(
             (self.foreground,) if self.foreground and recipe.foreground else ()))))
         self.teacher = create_session(teacher, threads=1)
+        self.powers: dict[str, float] = {}
         self.streams = [_Stream(k) for k in range(STREAMS)]
         self.affine = _affines(self.shadow) if "affine" in recipe.learn else []
         self.learned = parameters(self.shadow, set(recipe.learn) - {"affine"})
@@ -191,9 +192,8 @@ class _Calibration:
             if recipe.mse:
                 total = total + recipe.mse / count * off.square().mean()
             for o in self.states.values() if recipe.state else ():
-                goal = taught[t][o]
-                total = total + recipe.state / count / len(self.states) * (
-                    (made[o] - goal).square().mean() / goal.square().mean().clamp(min=1e-6))
+                total = total + recipe.state / count / len(self.states) / self.powers[o] * (
+                    made[o] - taught[t][o]).square().mean()
             if self.foreground and recipe.foreground:
                 total = total + recipe.foreground / count * (
                     made[self.foreground] - taught[t][self.foreground]).abs().mean()
@@ -237,12 +237,13 @@ class _Calibration:
         return taught, state
 
     def _gate_on(self, number: int, length: int) -> tuple[Tensor, list[Tensor]]:
-        """A sequence to look at closed-loop error on, with the alpha to aim at."""
+        """A sequence to look at closed-loop error on, with the alpha to aim at; its states' power is noted."""
         frames, truth = self.crops.draw(number, length, alpha=self.recipe.teacher == "alpha")
-        if truth is not None:
-            return frames, list(truth)
         taught, _ = self._teach(frames, {n: v.numpy() for n, v in self.start.items()})
-        return frames, [m[self.alpha] for m in taught]
+        for name in self.states.values():
+            power = float(np.mean([float(m[name].square().mean()) for m in taught]))
+            self.powers[name] = self.powers.get(name, 1e-12) + power / GATE_CLIPS
+        return frames, [m[self.alpha] for m in taught] if truth is None else list(truth)
 
     @torch.no_grad()
     def _gate(self, gates: Sequence[tuple[Tensor, list[Tensor]]]) -> float:
