@@ -30,6 +30,9 @@ from vmq.spec import Options
 
 KINDS = ("weight", "rounding", "weight_scale", "scale", "zero", "bias")
 """What a recipe may name under `learn`."""
+SETTLED = 0.3
+"""Where rounding is decided, weights stay at most so many steps from where they are rounded to, and so some way from
+being rounded elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -163,10 +166,10 @@ class SoftRounding(nn.Module):
 
     @torch.no_grad()
     def settle(self, weight: Tensor) -> None:
-        """Move the weight so that rounding to nearest gives what was learned, and no further than needed."""
+        """Move the weight so that rounding to nearest gives what was learned, and no further than `SETTLED` asks for."""
         scale = along(grid_scale(self.quantizer.scale), weight, self.quantizer.spec.axis)
         steps = self.floor + (self.up() >= 0.5)
-        low, high = ((steps + side).mul_(scale) for side in (-0.499, 0.499))
+        low, high = ((steps + side).mul_(scale) for side in (-SETTLED, SETTLED))
         low = torch.where(steps <= self.low, torch.full_like(low, -torch.inf), low)
         high = torch.where(steps >= self.high, torch.full_like(high, torch.inf), high)
         weight.copy_(torch.minimum(torch.maximum(weight, low), high))
