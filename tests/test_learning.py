@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vmq.fakequant import FakeQuantize
 from vmq.graph import Constant, Graph
 from vmq.lanes import Lanes
-from vmq.learning import KINDS, Adam, Dropped, Parameter, SoftRounding, assign, coarse, mixed, parameters
+from vmq.learning import KINDS, SETTLED, Adam, Dropped, Parameter, SoftRounding, assign, coarse, mixed, parameters
 from vmq.shadow import Shadow
 from vmq.spec import Bits, Options, QuantSpec
 
@@ -88,9 +88,10 @@ def test_settled_weights_round_to_what_was_learned_and_move_no_further_than_need
     assert not (moved & beyond & inside).any()                # ends of the grid hold all that is beyond
     assert moved[~right].all()
     off = (settled / scale - wanted).abs()
-    assert (off - 0.499).abs()[moved & inside].sum() < 1e-4 * (high + 1)
-    step = (settled - weight).abs() / scale
-    assert (step[right & inside] < 1.1e-3).all()              # what was right is kept off the tie at most
+    assert ((off - SETTLED).abs()[moved & inside] < 1e-5 * (high + 1)).all()
+    assert (off[inside & ~beyond] < SETTLED + 1e-5 * (high + 1)).all()
+    near = (weight / scale - wanted).abs() < SETTLED - 1e-5 * (high + 1)
+    assert not (moved & near & inside).any()
 
 
 def test_undecided_is_the_formula():
