@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
@@ -76,6 +77,15 @@ class Result:
                      f"{_short([f'{name} {bits}' for name, bits in placed['wider'].items()]) or 'nothing'}")
         used, given = self.frames
         lines.append(f"calibrated on {used} frames" + (f" in stretches out of {given}" if used < given else ""))
+        blocks = self.results["reconstruct_blocks"].report.get("blocks", [])
+        if blocks:
+            before, after = (float(np.mean([b[key] for b in blocks])) for key in ("error_before", "error_after"))
+            lines.append(f"learned {len(blocks)} blocks: error relative to what they give {before:.3f} -> {after:.3f}")
+        network = self.results["calibrate_network"].report
+        if network:
+            gates = list(network["closed_loop_MAD"].values())
+            lines.append(f"learned the whole network in {network['steps']} steps: MAD x 1e3 in closed loop "
+                         f"{gates[0]:.2f} -> {min(gates):.2f}")
         lines.append(f"alpha against float, MAD x 1e3 over {loops['frames']:.0f} calibration frames: "
                      f"{loops['closed']:.2f} in closed loop, {loops['open']:.2f} on float states")
         lines.append("against the last float-typed graph, optimizations off: the same bits; optimized: "

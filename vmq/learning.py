@@ -166,7 +166,7 @@ class SoftRounding(nn.Module):
 
     @torch.no_grad()
     def settle(self, weight: Tensor) -> None:
-        """Move the weight so that rounding to nearest gives what was learned, and no further than `SETTLED` asks for."""
+        """Move the weight to where rounding to nearest gives what was learned, as far as `SETTLED` asks for."""
         scale = along(grid_scale(self.quantizer.scale), weight, self.quantizer.spec.axis)
         steps = self.floor + (self.up() >= 0.5)
         low, high = ((steps + side).mul_(scale) for side in (-SETTLED, SETTLED))
