@@ -1,6 +1,7 @@
 """The passes of the compiler, and the pipeline: read it top to bottom."""
 
 from passes.align_channels import AlignChannels
+from passes.balance_channels import BalanceChannels
 from passes.bind_shapes import BindShapes
 from passes.calibrate_network import CalibrateNetwork
 from passes.calibrate_ranges import CalibrateRanges
@@ -28,6 +29,7 @@ PIPELINE: tuple[Pass, ...] = (
     FoldBatchnorm(),
     AlignChannels(),
     Equalize(),
+    BalanceChannels(),
     FindClosures(),
     InsertQdq(),
     CalibrateRanges(),

@@ -250,7 +250,8 @@ class Recipe:
         range_steps: how many ranges are tried, as equal shares of the full one.
         samples: values kept of each tensor over all calibration frames.
         correct_biases: shift biases so that every layer keeps its mean.
-        equalize: equalize channels across layers where that is exact.
+        equalize: equalize weights across layers where that is exact.
+        balance: scale channels in front of 4-bit convolutions to fit one grid.
         blocks: block-wise reconstruction; None for none.
         network: calibration of the whole network; None for none.
     """
@@ -261,6 +262,7 @@ class Recipe:
     samples: int = 131_072
     correct_biases: bool = True
     equalize: bool = False
+    balance: bool = False
     blocks: BlockRecipe | None = None
     network: NetworkRecipe | None = None
 
