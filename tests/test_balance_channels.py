@@ -1,0 +1,116 @@
+"""Balancing changes no value, and makes 4-bit activations fit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from compiling import clips, network, rerun, run_to
+from tiny_recurrent import read
+
+from vmq.graph import Graph
+from vmq.quant import dequantize, quantize
+from vmq.runtime import Session
+from vmq.spec import QuantSpec, Recipe
+
+BALANCED = Recipe("balanced", balance=True)
+
+# A pointwise conv with channels of very different size, a Relu, a depthwise conv, a Relu, a pointwise conv.
+INVERTED = """(float[1,3,32,48] src, float[8,3,1,1] w0, float[8] w0b, float[16,1,3,3] w1, float[1,16,1,1] w2)
+              => (float[1,1,32,48] pha) {
+    a = Conv (src, w0, w0b)
+    b = Relu (a)
+    c = Conv <group = 8, pads = [1,1,1,1]> (b, w1)
+    d = Relu (c)
+    pha = Conv (d, w2)
+}"""
+
+
+def uneven(graph: Graph, name: str, factor: float = 4.0) -> None:
+    """Make the channels that a constant computes very different in size."""
+    constant = graph.value(name)
+    scales = np.geomspace(1.0 / factor, factor, constant.values.shape[0])
+    constant.values = (constant.values * scales.reshape([-1] + [1] * (constant.values.ndim - 1))).astype(np.float32)
+
+
+def outputs(graph: Graph) -> list[np.ndarray]:
+    session = Session(graph, optimize=False)
+    return [values for frame in clips()[0].frames() for values in session.step(frame).values()]
+
+
+def reach(graph: Graph, name: str) -> np.ndarray:
+    """Largest value of each channel over the frames."""
+    session = Session(graph, extra=[name])
+    return np.max([session.step(f)[name].max((0, 2, 3)) for f in clips()[0].frames()], axis=0)
+
+
+@pytest.mark.parametrize("text", ["inverted", "network"])
+def test_no_value_changes(text: str) -> None:
+    graph = network() if text == "network" else read(INVERTED)
+    if text == "network":
+        uneven(graph, "w0", 30.0)
+    before = graph.copy()
+    run_to("balance_channels", graph, "4", recipe=BALANCED)
+    assert graph.to_bytes() != before.to_bytes()
+    for ours, theirs in zip(outputs(graph), outputs(before), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_channels_in_front_of_a_depthwise_convolution_become_alike() -> None:
+    graph = read(INVERTED)
+    uneven(graph, "w0")
+    graph.value("w0b").values = np.abs(graph.value("w0b").values)
+    before = reach(graph, "b")
+    run_to("balance_channels", graph, "4", recipe=BALANCED)
+    after = reach(graph, "b")
+    assert before.max() / before.min() > 5.0
+    assert after.max() / after.min() < 1.3
+    assert [n.op for n in graph.nodes] == ["Conv", "Relu", "Conv", "Relu", "Conv"]
+
+
+def test_where_it_goes() -> None:
+    graph = network()
+    uneven(graph, "w0", 30.0)
+    context = run_to("equalize", graph, "4", recipe=BALANCED)
+    report = rerun("balance_channels", graph, context).report
+    # HardSwish feeds the depthwise conv and a residual: a Mul on the edge. The gated product feeds one conv: its gate.
+    assert report == {"folded": 1, "gated": 1, "inserted": report["inserted"]}
+    assert report["inserted"] >= 1
+    for node in graph.nodes:
+        if node.op == "Mul" and any("balance" in v.name and not v.inputs for v in node.inputs):
+            factors = np.asarray(node.inputs[1].values)
+            spec = QuantSpec(8, signed=False)
+            scale = np.float32(factors.max() / 255.0)
+            np.testing.assert_allclose(dequantize(quantize(factors, scale, 0, spec), scale, 0), factors, rtol=1e-6)
+
+
+def test_nothing_at_8_bits_or_unasked() -> None:
+    for bits, recipe in (("8", BALANCED), ("w4a8", BALANCED), ("4", Recipe("plain"))):
+        graph = network()
+        context = run_to("equalize", graph, bits, recipe=recipe)
+        before = graph.to_bytes()
+        assert rerun("balance_channels", graph, context).modified == 0
+        assert graph.to_bytes() == before
+
+
+def test_four_bits_lose_less() -> None:
+    errors = []
+    for recipe in (Recipe("plain"), BALANCED):
+        graph = read(INVERTED)
+        uneven(graph, "w0", 16.0)
+        uneven(graph, "w1", 0.0625)                    # what is small in b counts as much in c
+        float_alpha = [o.copy() for o in outputs(graph)]
+        run_to("correct_biases", graph, "4", recipe=recipe)
+        errors.append(np.mean([np.abs(a - b).mean() for a, b in zip(outputs(graph), float_alpha, strict=True)]))
+    assert errors[1] < 0.6 * errors[0]
+
+
+def test_shared_weights_stay() -> None:
+    graph = read(INVERTED.replace("pha = Conv (d, w2)", "e = Conv (src, w0, w0b)\n    f = Concat <axis = 1> (d, e)\n"
+                                  "    pha = Conv (f, w3)").replace("float[1,16,1,1] w2", "float[1,24,1,1] w3"))
+    uneven(graph, "w0")
+    before = graph.value("w0").values.copy()
+    want = outputs(graph)
+    run_to("balance_channels", graph, "4", recipe=BALANCED)
+    np.testing.assert_array_equal(graph.value("w0").values, before)
+    for ours, theirs in zip(outputs(graph), want, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
