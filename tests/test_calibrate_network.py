@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,21 @@ from vmq.spec import EFFORTS, NetworkRecipe, QuantSpec, Recipe
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = dataclasses.replace(EFFORTS["fast"], calibration=8, bias_frames=4, sequences=3, frames=2, block_iterations=2,
-                           steps=6, batch=2, unrolled=2, gates=2, loop_frames=32)
+                           steps=6, batch=2, unrolled=2, gates=2, loop_frames=16)
 PLAIN = Recipe("plain", range_steps=20)
 EVERYTHING = {"learn": ("weight", "weight_scale", "scale", "zero", "bias"), "length": 6, "l1": 1.0, "laplacian": 0.25,
               "temporal": 5.0, "state": 0.5, "foreground": 0.1, "weight_rate": 0.02, "weight_scale_rate": 2e-3,
               "scale_rate": 5e-3, "zero_rate": 0.02, "bias_rate": 0.02}
 PUBLISHED = {"learn": ("affine", "scale"), "teacher": "alpha", "length": 1, "mse": 1.0, "flow": 0.05,
              "affine_rate": 1e-3, "scale_rate": 1e-3}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_gates() -> Iterator[None]:
+    """Closed loops over two sequences of eight frames."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate_network, "GATE_CLIPS", 2)
+        yield
 
 
 def prepared(graph: Graph, bits: str = "4", footage: Sequence[Clip] | None = None) -> tuple[Graph, Context]:

@@ -25,9 +25,9 @@ from vmq.spec import EFFORTS
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = dataclasses.replace(EFFORTS["fast"], name="tiny", calibration=8, bias_frames=4, sequences=3, frames=2,
-                           block_iterations=12, steps=12, batch=2, unrolled=2, gates=3, loop_frames=8)
+                           block_iterations=8, steps=6, batch=2, unrolled=2, gates=3, loop_frames=8)
 
-RECIPE = """correct_biases = true
+RECIPE = """range_steps = 20
 
 [blocks]
 learn = ["rounding", "weight_scale", "scale", "zero", "bias"]
@@ -164,10 +164,10 @@ def test_an_interrupted_compile_leaves_its_work_and_nothing_else(work: Path, und
                                                                  monkeypatch: pytest.MonkeyPatch):
     out = tmp_path / "out.onnx"
     out.write_bytes(b"precious")
-    stop(monkeypatch, work, out, 30)                          # in the third block
+    stop(monkeypatch, work, out, 20)                          # in the third block
     assert kept(out) == ["blocks-0-0", "blocks-0-1"]
     assert out.read_bytes() == b"precious"
-    stop(monkeypatch, work, out, 24 + 6, resume=True)         # two blocks more, and a gate
+    stop(monkeypatch, work, out, 16 + 3, resume=True)         # two blocks more, and a gate
     assert kept(out) == [*(f"blocks-0-{k}" for k in range(4)), "network"]
     result = compile_again(work, out, resume=True)
     assert out.read_bytes() == result.graph.to_bytes() == undisturbed
@@ -176,12 +176,12 @@ def test_an_interrupted_compile_leaves_its_work_and_nothing_else(work: Path, und
 
 def test_work_of_another_kind_is_not_taken_up(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     out = tmp_path / "out.onnx"
-    stop(monkeypatch, work, out, 12)
+    stop(monkeypatch, work, out, 8)
     entry, = Path(f"{out}.unfinished").iterdir()
     changed = tmp_path / "recipe.toml"
     changed.write_text(RECIPE.replace("drop = 0.5", "drop = 0.25"))
     for number, options in enumerate(({"seed": 1}, {"recipe": str(changed)})):
-        stop(monkeypatch, work, out, 12, resume=True, **options)
+        stop(monkeypatch, work, out, 8, resume=True, **options)
         assert entry.exists()                                 # left, but not read
         assert len(kept(out)) == 2 + number
     stop(monkeypatch, work, out, 0, resume=True)
