@@ -295,6 +295,32 @@ def test_a_state_is_carried_by_the_quantized_block(start: tuple[Graph, Context],
         assert not torch.allclose(store["r"][s, 1], store[seen["given"]][s, 0], atol=1e-4)     # not the float state
 
 
+def test_the_error_of_a_recurrent_block_is_that_of_all_its_frames(start: tuple[Graph, Context],
+                                                                  monkeypatch: pytest.MonkeyPatch):
+    checked = []
+    real = reconstruct_blocks._Reconstruction._learn
+
+    def learn(self: Any, block: Any, nodes: Any, floats: Any, ours: Any, *rest: Any) -> Any:
+        if block.states:
+            item = [(0, None), (2, None)]
+            found = float(self._error(block, item, floats, ours, 0.0))
+            total = []
+            for s, _ in item:
+                given = {n: ours[n][s, 0] for n in block.reads}
+                for t in range(2):
+                    made = self.shadow.run(given | {n: ours[n][s, t] for n in block.reads if n != "r"}, block.gives)
+                    given["r"] = made[block.states["r"]]
+                    total += [float((made[g] - floats[name][s, t]).square().sum(1).mean())
+                              for g, name in zip(block.gives, block.targets, strict=True)]
+            checked.append((found, sum(total) / 4))
+        return real(self, block, nodes, floats, ours, *rest)
+
+    monkeypatch.setattr(reconstruct_blocks._Reconstruction, "_learn", learn)
+    reconstruct(start, 1, learn=("bias",), drop=0.0)
+    (found, expected), = checked
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
 def test_warm_float_states_come_in(start: tuple[Graph, Context], monkeypatch: pytest.MonkeyPatch):
     sequences: list[Any] = []
     real = reconstruct_blocks._Reconstruction._stacked
@@ -424,6 +450,17 @@ def test_a_model_that_takes_one_frame_at_a_time(monkeypatch: pytest.MonkeyPatch)
     before, after = errors(result)
     assert after.sum() < before.sum()
     assert result.modified > 2
+
+
+def test_a_quantizer_of_two_blocks_is_learned_with_the_first():
+    start = prepared(read(UNBATCHED))
+    before, behind = (next(n for n in start[0].value(v).outputs if n.op == "QuantizeLinear") for v in ("b", "c"))
+    assert before.inputs[1] is behind.inputs[1]               # a Reshape hands integers on
+    kept = Kept()
+    reconstruct(start, 1, kept, learn=("rounding", "weight_scale", "scale", "zero"), drop=0.0)
+    names = [n for entry in kept.entries.values() for n in entry]
+    assert len(names) == len(set(names))
+    assert {before.inputs[1].name, before.inputs[2].name} <= set(kept.entries["blocks-0-0"])
 
 
 def test_batches_only_save_time(start: tuple[Graph, Context], monkeypatch: pytest.MonkeyPatch):
