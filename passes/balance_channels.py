@@ -9,8 +9,8 @@ that read it are divided by s:
 
 - in front of a depthwise convolution that costs nothing, as its weights have a scale a channel: all channels
   get the same range;
-- elsewhere what activations gain, weights lose: s ~ sqrt(w / r), with r and w the largest magnitudes of a channel and of
-  the weights that read it (Xiao et al. 2023, SmoothQuant, eq. 4 with alpha 0.5).
+- elsewhere what activations gain, weights lose: s ~ sqrt(w / r), with r and w the largest magnitudes of a channel and
+  of the weights that read it (Xiao et al. 2023, SmoothQuant, eq. 4 with alpha 0.5).
 
 s goes into the weights that make x where nothing or a Relu stands between; into the gate where x is gated; otherwise
 a Mul by a constant is put on the edge, where channels differ enough to be worth it. Such a constant is chosen on an

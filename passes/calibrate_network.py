@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from vmq.crops import Crops, crop_graph
 from vmq.errors import PassError
-from vmq.flow import flows, open_flow, temporal_loss
+from vmq.flow import consistent, flows, open_flow, temporal_loss
 from vmq.graph import Constant, Graph
 from vmq.lanes import Lanes
 from vmq.learning import Adam, Parameter, assign, coarse, parameters
@@ -179,7 +179,7 @@ class _Calibration:
         frames = stream.frames[times.start:times.stop]
         taught, stream.theirs = self._teach(frames, stream.theirs)
         held, state, total, last = self._held(), stream.ours, torch.zeros(()), None
-        pairs = flows(self.flow, _pictures(frames)) if self.flow is not None else None
+        pairs = self._flows(frames) if self.flow is not None else None
         for t, frame in enumerate(frames):
             made = self.shadow.run({**held, self.frame: frame, **state}, self.outputs)
             state = {i: made[o] for i, o in self.states.items()}
@@ -200,12 +200,21 @@ class _Calibration:
             if last is not None and recipe.temporal:
                 total = total + recipe.temporal / (count - 1) * (off - last[1]).square().mean()
             if last is not None and pairs is not None:
-                flow = torch.from_numpy(pairs[t - 1:t])
-                total = total + recipe.flow / (count - 1) * temporal_loss(last[0], alpha, flow)
+                total = total + recipe.flow / (count - 1) * temporal_loss(last[0], alpha, *pairs[t - 1])
             last = alpha, off
         stream.place += count
         stream.ours = {i: v.detach() for i, v in state.items()}
         return total
+
+    def _flows(self, frames: Tensor) -> list[tuple[Tensor, Tensor | None]]:
+        """Flow from each frame back to the one before, [1,2,h,w], and where it is to be believed."""
+        pictures: NDArray[np.uint8] = (frames[:, 0] * 255.0).round().to(torch.uint8).numpy()
+        assert self.flow is not None
+        back = [torch.from_numpy(f)[None] for f in flows(self.flow, pictures)]
+        if not self.recipe.occlusion:
+            return [(f, None) for f in back]
+        forth = [torch.from_numpy(f)[None] for f in flows(self.flow, pictures[::-1])[::-1].copy()]
+        return [(b, consistent(b, f)) for b, f in zip(back, forth, strict=True)]
 
     def _at_next(self, index: int) -> _Stream:
         """The stream with some frames left, from the zero state where it begins anew."""
@@ -299,11 +308,6 @@ class _Calibration:
         return history[-1][0], [torch.from_numpy(saved[f"b{k}"]) for k in range(len(self.learned))], history
 
 
-def _pictures(frames: Tensor) -> NDArray[np.uint8]:
-    pictures: NDArray[np.uint8] = (frames[:, 0] * 255.0).round().to(torch.uint8).numpy()
-    return pictures
-
-
 def laplacian(off: Tensor) -> Tensor:
     """sum over levels k of 2^k mean |L_k|, of the Laplacian pyramid of a picture [N,C,H,W], rest included."""
     total, current = torch.zeros(()), off
@@ -326,7 +330,7 @@ def _affines(shadow: Shadow) -> list[_Affine]:
                 or len(node.inputs[1].outputs) != 1 or node.op not in ("Conv", "Gemm", "MatMul"):
             continue
         quantize = source[0].inputs[0].inputs[0]
-        if not isinstance(quantize.inputs[0], Constant):
+        if not isinstance(quantize.inputs[0], Constant) or len(quantize.inputs[0].outputs) != 1:
             continue
         bias = node.inputs[2] if len(node.inputs) > 2 and isinstance(node.inputs[2], Constant) else None
         if len(node.inputs) > 2 if bias is None else len(bias.outputs) > 1:

@@ -284,7 +284,8 @@ class _Reconstruction:
             self.lanes.gradients(loss, [i for i in items if i], [p.parameter for p in learned],
                                  seed * 100003 + place[0] * 50021 + step)
             cosine = 0.5 * (1.0 + math.cos(math.pi * step / iterations))
-            optimizer.step(cosine)
+            # rounding is decided at the end, when the regulariser is sharpest
+            optimizer.step(cosine, constant=("rounding",))
             self.context.progress(f"block {place[0] + 1} of {place[1]}",
                                   (place[0] + (step + 1) / iterations) / place[1])
         for p in learned:

@@ -113,8 +113,8 @@ class Adam:
         self.state = [(torch.zeros_like(p.parameter), torch.zeros_like(p.parameter)) for p in self.learned]
 
     @torch.no_grad()
-    def step(self, share: float = 1.0) -> None:
-        """Move every parameter that has a gradient, by `share` of its rate."""
+    def step(self, share: float = 1.0, constant: Collection[str] = ()) -> None:
+        """Move every parameter that has a gradient, by `share` of its rate; all of it for `constant` kinds."""
         self.count += 1
         one, two = self.betas
         for item, (mean, square) in zip(self.learned, self.state, strict=True):
@@ -124,7 +124,7 @@ class Adam:
             mean.lerp_(gradient, 1.0 - one)
             square.mul_(two).addcmul_(gradient, gradient, value=1.0 - two)
             root = (square / (1.0 - two ** self.count)).sqrt_().add_(1e-12)
-            rate = share * self.rates[item.kind] / (1.0 - one ** self.count)
+            rate = (1.0 if item.kind in constant else share) * self.rates[item.kind] / (1.0 - one ** self.count)
             item.parameter.sub_((mean / root).mul_(item.unit * rate))
             item.parameter.grad = None
 
@@ -168,7 +168,7 @@ class SoftRounding(nn.Module):
     def settle(self, weight: Tensor) -> None:
         """Move the weight to where rounding to nearest gives what was learned, as far as `SETTLED` asks for."""
         scale = along(grid_scale(self.quantizer.scale), weight, self.quantizer.spec.axis)
-        steps = self.floor + (self.up() >= 0.5)
+        steps = torch.minimum(torch.maximum(self.floor + (self.up() >= 0.5), self.low), self.high)
         low, high = ((steps + side).mul_(scale) for side in (-SETTLED, SETTLED))
         low = torch.where(steps <= self.low, torch.full_like(low, -torch.inf), low)
         high = torch.where(steps >= self.high, torch.full_like(high, torch.inf), high)
@@ -208,7 +208,7 @@ def mixed(x: Tensor, exact: Tensor, probability: float) -> Tensor:
     if probability <= 0.0:
         return x
     eights = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-2**63, None, generator=generator())
-    chosen = eights.view(torch.uint8)[:x.numel()].view(x.shape) < round(256 * probability)
+    chosen = eights.view(torch.uint8)[:x.numel()].view(x.shape) < min(255, round(256 * probability))
     return torch.lerp(x, exact, chosen.to(x.dtype))       # eight times faster than rand and where
 
 
