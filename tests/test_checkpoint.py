@@ -72,6 +72,32 @@ def test_without_a_folder_it_forgets():
     checkpoint.finish()
 
 
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_a_file_that_was_cut_off_is_nothing(share: float, tmp_path: Path):
+    checkpoint = Checkpoint(tmp_path, "k")
+    checkpoint.save("a", ARRAYS)
+    path, = tmp_path.iterdir()
+    content = path.read_bytes()
+    path.write_bytes(content[:int(share * len(content))])
+    assert Checkpoint(tmp_path, "k", resume=True).load("a") is None
+
+
+def test_a_damaged_byte_is_noticed_or_harmless(tmp_path: Path):
+    checkpoint = Checkpoint(tmp_path, "k")
+    checkpoint.save("a", ARRAYS)
+    path, = tmp_path.iterdir()
+    content = path.read_bytes()
+    nothing = 0
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 0xFF
+        path.write_bytes(damaged)
+        found = checkpoint.load("a")
+        nothing += found is None
+        assert found is None or same(found), place
+    assert nothing > 0.3 * len(content)
+
+
 def test_anything_else_under_its_name_is_nothing(tmp_path: Path):
     checkpoint = Checkpoint(tmp_path, "k")
     checkpoint.save("a", ARRAYS)
