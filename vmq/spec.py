@@ -363,10 +363,10 @@ class Effort:
 
 
 EFFORTS: Mapping[str, Effort] = MappingProxyType({e.name: e for e in (
-    Effort("fast", calibration=64, bias_frames=16, sequences=12, frames=4, block_iterations=40, block_batch=4,
-           steps=60, batch=2, unrolled=3, gates=3, loop_frames=64),
-    Effort("standard", calibration=256, bias_frames=64, sequences=32, frames=8, block_iterations=200, block_batch=8,
-           steps=320, batch=2, unrolled=4, gates=6, loop_frames=256),
+    Effort("fast", calibration=64, bias_frames=16, sequences=12, frames=4, block_iterations=50, block_batch=4,
+           steps=30, batch=2, unrolled=3, gates=3, loop_frames=64),
+    Effort("standard", calibration=256, bias_frames=64, sequences=32, frames=8, block_iterations=100, block_batch=8,
+           steps=280, batch=2, unrolled=3, gates=5, loop_frames=160),
     Effort("thorough", calibration=1024, bias_frames=256, sequences=128, frames=8, block_iterations=20_000,
            block_batch=32, steps=4000, batch=8, unrolled=6, gates=20, loop_frames=512),
 )})
