@@ -69,7 +69,7 @@ class CalibrateNetwork(Pass):
             raise PassError("there is no float reference; run insert_qdq before")
 
     def run(self, graph: Graph, context: Context) -> PassResult:
-        recipe = context.options.recipe.network
+        recipe = context.options.network
         if recipe is None:
             return PassResult()
         with Lanes() as lanes:

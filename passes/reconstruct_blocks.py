@@ -56,7 +56,7 @@ class ReconstructBlocks(Pass):
             raise PassError("there are no blocks, or no float reference; run find_closures and insert_qdq before")
 
     def run(self, graph: Graph, context: Context) -> PassResult:
-        recipe = context.options.recipe.blocks
+        recipe = context.options.blocks
         if recipe is None:
             return PassResult()
         with Lanes() as lanes, tempfile.TemporaryDirectory(prefix="vmq-") as folder:

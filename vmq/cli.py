@@ -213,7 +213,8 @@ def _parser() -> argparse.ArgumentParser:
     add = compile_.add_argument
     add("model", type=Path, metavar="MODEL", help="an ONNX file")
     add("--bits", default="8", metavar="8|4|w4a8|w8a4", help="width of weights and activations (default: 8)")
-    add("--recipe", default="mse", metavar="NAME|FILE.toml", help="how parameters are found (default: mse)")
+    add("--recipe", default="vmq", metavar="NAME|FILE.toml",
+        help="how parameters are found: vmq (default), mse for ranges alone, brecq, qdrop, ptq4vm")
     add("--calib", nargs="+", default=[], type=Path, metavar="PATH",
         help="footage to calibrate on: videos, folders of frames, folders with com/ and pha/ (default: built-in "
              "synthetic clips, which are less like your footage than your footage)")

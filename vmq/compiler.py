@@ -100,7 +100,7 @@ class Result:
 
 
 def compile(  # noqa: A001  (the name of what it does: vmq.compile)
-    model: str | os.PathLike[str] | bytes | onnx.ModelProto | Graph, *, bits: str | int = 8, recipe: str = "mse",
+    model: str | os.PathLike[str] | bytes | onnx.ModelProto | Graph, *, bits: str | int = 8, recipe: str = "vmq",
     calib: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (), size: tuple[int, int] | str | None = None,
     downsample_ratio: float | None = None, effort: str = "standard", target: str = "cpu", container: str = "int4cast",
     keep: Mapping[str, int] | None = None, pairs: Mapping[str, str] | None = None, seed: int = 0,
