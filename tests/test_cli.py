@@ -174,8 +174,8 @@ def save_conv(path: Path, size: str = "16, 24") -> None:
 
 def test_compile_inspect_run_and_eval(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_conv(here / "net.onnx")
-    assert vmq("compile", "net.onnx", "--bits", "w4a8", "--recipe", "mse", "--calib", "clip", "set", "--keep", "first=4",
-               "--keep", "last=8", "--pair", "r=s", "--seed", "3", "--dump", "dump") == 0
+    assert vmq("compile", "net.onnx", "--bits", "w4a8", "--recipe", "mse", "--calib", "clip", "set",
+               "--keep", "first=4", "--keep", "last=8", "--pair", "r=s", "--seed", "3", "--dump", "dump") == 0
     out, err = capsys.readouterr()
     assert not err
     assert "wrote net_w4a8.onnx: " in out
