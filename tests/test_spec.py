@@ -147,10 +147,18 @@ def test_options_describe_themselves_in_json() -> None:
     options = Options(bits=Bits.parse("w4a8"), size=(288, 512), downsample_ratio=0.25, keep={"first": 8},
                       pairs={"r1i": "r1o"}, container="int8", seed=3)
     assert json.loads(json.dumps(options.describe())) == {
-        "bits": "W4A8", "recipe": "plain", "effort": "standard", "target": "cpu",
-        "container": "int8", "size": [288, 512], "downsample_ratio": 0.25, "keep": {"first": 8}, "pairs": {"r1i": "r1o"}, "seed": 3}
+        "bits": "W4A8", "recipe": "plain", "effort": "standard", "target": "cpu", "container": "int8",
+        "size": [288, 512], "downsample_ratio": 0.25, "keep": {"first": 8}, "pairs": {"r1i": "r1o"}, "seed": 3}
     assert all(Options(container=c).container == c for c in CONTAINERS)
     assert json.dumps(Options().describe())
+
+
+def test_what_is_learned_at_which_width() -> None:
+    for name, at_8_bits in (("vmq", False), ("qdrop", True)):
+        for bits in ("8", "w4a8", "w8a4", "4"):
+            options = Options(bits=Bits.parse(bits), recipe=Recipe.load(name))
+            assert (options.blocks is not None) == (at_8_bits or bits != "8")
+            assert (options.network is not None) == (name == "vmq" and bits != "8")
 
 
 def test_targets_name_each_operator_once() -> None:

@@ -39,7 +39,7 @@ def main() -> int:
     compiled = []
     for bits in BITS:
         compiled.append(args.out / f"rvm_{'w8a8' if bits == '8' else 'w4a4' if bits == '4' else bits}.onnx")
-        vmq("compile", str(model), "--bits", bits, "-o", str(compiled[-1]))
+        vmq("compile", str(model), "--bits", bits, "--effort", "fast", "-o", str(compiled[-1]))
     vmq("run", str(compiled[0]), str(clips / "builtin_0" / "com"), "-o", str(args.out / "matte.mp4"),
         "--background", "#3070b0")
     vmq("eval", *map(str, [model, *compiled]), str(clips), "--reference", str(model))
