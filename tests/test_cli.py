@@ -326,6 +326,7 @@ def test_a_dataset_without_alpha(here: Path, capsys: pytest.CaptureFixture[str])
     (["compile", "m.onnx", "--bits", "3"], "--bits 3 is not known"),
     (["compile", "m.onnx", "--recipe", "nice"], "recipe 'nice'"),
     (["compile", "m.onnx", "--target", "toaster"], "--target toaster"),
+    (["compile", "m.onnx", "--effort", "lots"], "--effort lots is not known; give one of fast, standard, thorough"),
     (["compile", "m.onnx", "--container", "box"], "--container box"),
     (["compile", "m.onnx", "--size", "big"], "--size big"),
     (["compile", "m.onnx", "--keep", "first"], "'first' is not of the form WHAT=BITS"),
