@@ -17,8 +17,9 @@ network's own. The loss is a weighted sum of
 into weight scale and bias and beta into the bias when the pass ends, so the graph stays what it was, Q, DQ and layers.
 The other kinds are constants of the graph already (vmq/learning.py).
 
-A short unrolled loss does not see a recurrence that drifts. So every now and then, and at the end, longer sequences
-are run in closed loop from the zero state, and the parameters with the least error there are kept.
+A short unrolled loss on crops sees neither a recurrence that drifts nor whole frames. So every now and then, and at
+the end, ONNX Runtime runs the graph over clips as they are, in closed loop from the zero state, and the parameters
+with the least error there are kept; those before the first step are among them.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from vmq.clips import Clip
 from vmq.crops import Crops, crop_graph
 from vmq.errors import PassError
 from vmq.flow import consistent, flows, open_flow, temporal_loss
@@ -48,9 +50,7 @@ from vmq.spec import NetworkRecipe
 LEVELS = 4
 """Levels of the Laplacian pyramid."""
 GATE_CLIPS = 4
-"""Sequences that are run in closed loop."""
-GATE_NUMBER = 1 << 40
-"""Number of the first of them; those that are learned on have smaller ones."""
+"""Clips that are run in closed loop."""
 STREAMS = 8
 """Streams that take turns."""
 WARM_UP = 10
@@ -104,7 +104,7 @@ class _Stream:
 class _Calibration:
     def __init__(self, graph: Graph, context: Context, recipe: NetworkRecipe, lanes: Lanes) -> None:
         assert context.reference is not None
-        self.context, self.recipe, self.lanes = context, recipe, lanes
+        self.context, self.recipe, self.lanes, self.graph = context, recipe, lanes, graph.copy()
         session = Session(context.reference, optimize=False, pairs=context.options.pairs)
         pictures = session.pictures()
         self.frame, self.states = session.frame_input, {p.input: p.output for p in session.state_pairs}
@@ -134,19 +134,19 @@ class _Calibration:
                  "weight_scale": recipe.weight_scale_rate, "zero": recipe.zero_rate, "bias": recipe.bias_rate}
         optimizer = Adam(self.learned, rates)
         weights = [p.parameter for p in self.learned if p.kind == "weight"]
-        gates = [self._gate_on(GATE_NUMBER + k, max(8, effort.loop_frames // GATE_CLIPS)) for k in range(GATE_CLIPS)]
+        self._measure_states()
+        goals = self._goals()
         at = sorted({round(steps * (k + 1) / effort.gates) for k in range(effort.gates)})
         first, best, history = self._resume(optimizer)
         if not history:
-            history.append((0, self._gate(gates)))
+            history.append((0, self._gate(goals)))
             best = [p.parameter.detach().clone() for p in self.learned]
         for p in self.learned:
             p.parameter.requires_grad_()
         losses: list[float] = []
         exact = dict(self.shadow.quantizers)
-        stand_ins = coarse(exact, self.context.options)
+        self.shadow.quantizers.update(coarse(exact, self.context.options))
         for step in range(first, steps):
-            self.shadow.quantizers.update(stand_ins)
             turn = [(step * effort.batch + k) % STREAMS for k in range(effort.batch)]
             losses.append(self.lanes.gradients(self._loss, turn, [p.parameter for p in self.learned],
                                                self.context.options.seed * 100003 + step))
@@ -154,12 +154,12 @@ class _Calibration:
             ramp = min(1.0, (step + 1) / min(WARM_UP, max(1, steps // 10)))
             optimizer.step(ramp * 0.5 * (1.0 + math.cos(math.pi * step / steps)))
             self.context.progress(f"loss {np.mean(losses[-20:]):.4f}", (step + 1) / steps)
-            self.shadow.quantizers.update(exact)
             if step + 1 in at:
-                history.append((step + 1, self._gate(gates)))
+                history.append((step + 1, self._gate(goals)))
                 if history[-1][1] <= min(h[1] for h in history):
                     best = [p.parameter.detach().clone() for p in self.learned]
                 self._keep(optimizer, best, history)
+        self.shadow.quantizers.update(exact)
         with torch.no_grad():
             for p, value in zip(self.learned, best, strict=True):
                 p.parameter.requires_grad_(False).copy_(value)
@@ -245,29 +245,46 @@ class _Calibration:
             taught.append({n: torch.from_numpy(v) for n, v in made.items()})
         return taught, state
 
-    def _gate_on(self, number: int, length: int) -> tuple[Tensor, list[Tensor]]:
-        """A sequence to look at closed-loop error on, with the alpha to aim at; its states' power is noted."""
-        frames, truth = self.crops.draw(number, length, alpha=self.recipe.teacher == "alpha")
-        taught, _ = self._teach(frames, {n: v.numpy() for n, v in self.start.items()})
-        for name in self.states.values():
-            power = float(np.mean([float(m[name].square().mean()) for m in taught]))
-            self.powers[name] = self.powers.get(name, 1e-12) + power / GATE_CLIPS
-        return frames, [m[self.alpha] for m in taught] if truth is None else list(truth)
+    def _measure_states(self) -> None:
+        """Note the power of the teacher's states."""
+        for stream in self.streams[:GATE_CLIPS]:
+            frames, _ = self.crops.draw(stream.number, max(8, self.context.options.effort.unrolled))
+            taught, _ = self._teach(frames, {n: v.numpy() for n, v in self.start.items()})
+            for name in self.states.values():
+                power = float(np.mean([float(m[name].square().mean()) for m in taught]))
+                self.powers[name] = self.powers.get(name, 1e-12) + power / GATE_CLIPS
 
-    @torch.no_grad()
-    def _gate(self, gates: Sequence[tuple[Tensor, list[Tensor]]]) -> float:
-        """Mean |p - t| x 1e3 in closed loop from the zero state over longer sequences."""
-        held = self._held()
+    # -- gates --------------------------------------------------------------------------------------
 
-        def error(gate: tuple[Tensor, list[Tensor]]) -> float:
-            state, errors = dict(self.start), []
-            for frame, target in zip(*gate, strict=True):
-                made = self.shadow.run({**held, self.frame: frame, **state}, self.outputs)
-                state = {i: made[o] for i, o in self.states.items()}
-                errors.append(float((made[self.alpha] - target).abs().mean()))
-            return float(np.mean(errors))
+    def _goals(self) -> list[tuple[Clip, list[NDArray[np.float32]]]]:
+        """Clips to look at closed-loop error on, with the alpha to aim at in each frame."""
+        assert self.context.reference is not None
+        footage = [c for c in self.context.footage or self.context.clips if len(c)]
+        clips = footage[::max(1, len(footage) // GATE_CLIPS)][:GATE_CLIPS]
+        length = max(4, self.context.options.effort.loop_frames // len(clips))
+        teacher = Session(self.context.reference, pairs=self.context.options.pairs)
+        goals = []
+        for clip in (c.part(0, min(len(c), length)) for c in clips):
+            truth = clip.alpha() if self.recipe.teacher == "alpha" else None
+            goals.append((clip, [a.copy() for a in teacher.alphas(clip.frames())] if truth is None
+                          else [(t / np.float32(255.0)).astype(np.float32) for t in truth]))
+        return goals
 
-        return 1e3 * float(np.mean(self.lanes.map(error, gates)))
+    def _gate(self, goals: Sequence[tuple[Clip, list[NDArray[np.float32]]]]) -> float:
+        """Mean |p - t| x 1e3 of the graph with what is learned so far, in closed loop from the zero state."""
+        with torch.no_grad():
+            held = {n: self.shadow.parameter(n).detach().clone() for layer in self.affine
+                    for n in (layer.weight, layer.scale, layer.bias) if n is not None}
+            _absorb(self.shadow, self.affine)
+        self.shadow.write_back()
+        assign(self.graph, self.shadow.graph)
+        with torch.no_grad():
+            for name, value in held.items():
+                self.shadow.parameter(name).copy_(value)
+        session = Session(self.graph, pairs=self.context.options.pairs)
+        errors = [np.mean([np.abs(a - t).mean() for a, t in zip(session.alphas(clip.frames()), goal, strict=True)])
+                  for clip, goal in goals]
+        return 1e3 * float(np.mean(errors))
 
     def _held(self) -> dict[str, Tensor]:
         """Quantized weights, and what affine corrections make of them and of biases, for all frames of a sequence."""

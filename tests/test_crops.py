@@ -16,7 +16,7 @@ from tiny_recurrent import GRU, LSTM, read
 from models import rvm
 from vmq import crops
 from vmq.clips import Clip, Frame
-from vmq.crops import Crops, crop_graph, resized
+from vmq.crops import GAIN, GAMMA, Crops, crop_graph, resized
 from vmq.errors import ModelError
 from vmq.graph import Constant, Graph
 from vmq.learning import assign
@@ -233,14 +233,12 @@ def test_colours_change_alike_in_a_sequence_and_alpha_does_not():
         highest.append(max(ends))
         lowest.append(min(ends))
         middle.append(float(curve[128][0] / curve[255][0]) if curve[255] < 1.0 else 0.5)
-    assert min(lowest) < 0.75
-    assert min(lowest) >= 0.7 - 1 / 255
+    assert 1 - GAIN - 1 / 255 <= min(lowest) < 1 - 0.8 * GAIN
     assert max(highest) == 1.0
     assert any(a != b for a, b in zip(highest, lowest, strict=True))
-    assert min(middle) < 0.42                      # 0.5 to a power of 0.67 to 1.49
-    assert max(middle) > 0.55
-    assert min(middle) > 0.34
-    assert max(middle) < 0.65
+    dark, bright = 0.5 ** np.exp(GAMMA), 0.5 ** np.exp(-GAMMA)
+    assert dark - 0.01 < min(middle) < 0.5 - 0.7 * (0.5 - dark)
+    assert bright + 0.01 > max(middle) > 0.5 + 0.7 * (bright - 0.5)
 
 
 def test_a_number_is_always_the_same_sequence():

@@ -24,7 +24,7 @@ SHORT_SIDE = 128
 """Crops are halved until their shorter side would be less than this."""
 BACKWARDS = 0.15
 """Share of sequences that run backwards."""
-GAIN, GAMMA = 0.3, 0.4
+GAIN, GAMMA = 0.15, 0.2
 """Each colour is multiplied by 1 - GAIN to 1 + GAIN, and raised to a power of exp(-GAMMA) to exp(GAMMA)."""
 
 
