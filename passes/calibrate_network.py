@@ -145,7 +145,7 @@ class _Calibration:
             p.parameter.requires_grad_()
         losses: list[float] = []
         exact = dict(self.shadow.quantizers)
-        self.shadow.quantizers.update(coarse(exact, self.context.options))
+        self.shadow.quantizers.update(coarse(exact))
         for step in range(first, steps):
             turn = [(step * effort.batch + k) % STREAMS for k in range(effort.batch)]
             losses.append(self.lanes.gradients(self._loss, turn, [p.parameter for p in self.learned],

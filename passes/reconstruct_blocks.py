@@ -227,7 +227,7 @@ class _Reconstruction:
                     learned.append(Parameter("rounding", weight, soft[weight].v, torch.ones(())))
         saved = context.checkpoint.load(key) if learned else None
         if saved is None and learned:
-            stand_ins = {} if recipe.separate else coarse({n: original[n] for n in activations}, context.options)
+            stand_ins = {} if recipe.separate else coarse({n: original[n] for n in activations})
             for name in activations:
                 if name in stand_ins:
                     shadow.quantizers[name] = stand_ins[name]

@@ -17,7 +17,7 @@ from tiny_recurrent import FEED_FORWARD, GRU, LSTM, read
 from passes import reconstruct_blocks
 from vmq.checkpoint import Checkpoint
 from vmq.errors import PassError
-from vmq.graph import Constant, Graph
+from vmq.graph import Graph
 from vmq.lanes import Lanes
 from vmq.pipeline import Context, run_passes
 from vmq.quant import quantize
@@ -88,7 +88,7 @@ def parts(graph: Graph) -> dict[str, set[str]]:
     """Names of constants, by what they are."""
     found: dict[str, set[str]] = {k: set() for k in ("weight", "weight_scale", "scale", "zero", "bias")}
     for node in graph.nodes:
-        if node.op == "QuantizeLinear" and not isinstance(node.inputs[0], Constant):
+        if node.op == "QuantizeLinear" and node.inputs[2].dtype.name == "uint4":
             found["scale"].add(node.inputs[1].name)
             found["zero"].add(node.inputs[2].name)
         elif node.op == "QuantizeLinear" and node.attrs.get("axis") is not None:

@@ -3,7 +3,7 @@
     weight         the float weight behind a quantizer, straight through its rounding
     rounding       up or down, for each weight: AdaRound's soft rounding (`SoftRounding`)
     weight_scale   scale of a weight, a channel at a time
-    scale, zero    scale and zero point of an activation (LSQ, LSQ+)
+    scale, zero    scale and zero point of a 4-bit activation (LSQ, LSQ+); those of 8-bit ones are as good as found
     bias           of a layer
 
 Rates are relative: a step of 1 is as long as a quantization step for weights and biases, as the scale itself for
@@ -26,7 +26,6 @@ from vmq.fakequant import FakeQuantize, along, grid_scale, grid_zero
 from vmq.graph import Constant, Graph
 from vmq.lanes import generator
 from vmq.shadow import Shadow
-from vmq.spec import Options
 
 KINDS = ("weight", "rounding", "weight_scale", "scale", "zero", "bias")
 """What a recipe may name under `learn`."""
@@ -69,7 +68,7 @@ def parameters(shadow: Shadow, kinds: Collection[str], nodes: Collection[str] | 
                 weight = shadow.parameter(node.inputs[0].name)
                 _add(found, kinds, "weight", node.inputs[0].name, weight, along(unit, weight, node.attrs["axis"]))
                 _add(found, kinds, "weight_scale", node.inputs[1].name, scale, unit)
-            elif not constant:
+            elif not constant and np.dtype(node.inputs[2].dtype).name == "uint4":
                 _add(found, kinds, "scale", node.inputs[1].name, scale, unit)
                 _add(found, kinds, "zero", node.inputs[2].name, shadow.parameter(node.inputs[2].name), torch.ones(()))
         elif len(node.inputs) > 2 and isinstance(node.inputs[2], Constant) and _step_of(node) is not None:
@@ -187,17 +186,14 @@ class Dropped(nn.Module):
         return mixed(self.quantizer(x), x, self.probability)
 
 
-def coarse(quantizers: Mapping[str, Callable[[Tensor], Tensor]], options: Options,
-           ) -> dict[str, Callable[[Tensor], Tensor]]:
+def coarse(quantizers: Mapping[str, Callable[[Tensor], Tensor]]) -> dict[str, Callable[[Tensor], Tensor]]:
     """Stand-ins, by name, for quantizers whose steps are too fine to teach anything: they clip and do not round.
 
-    Those are 8-bit activations where 4 bits are nominal. A stand-in takes a third of the time, and keeps to the range
-    that the quantizer has now; its scale and zero point are not learned.
+    Those are 8-bit activations. A stand-in takes a third of the time, and keeps to the range that the quantizer has.
     """
     found: dict[str, Callable[[Tensor], Tensor]] = {}
     for name, quantizer in quantizers.items():
-        if options.bits.activations == 4 and isinstance(quantizer, FakeQuantize) \
-                and not quantizer.spec.signed and quantizer.spec.bits == 8 and quantizer.limits == (0, 255):
+        if isinstance(quantizer, FakeQuantize) and not quantizer.spec.signed and quantizer.limits == (0, 255):
             zero, scale = float(grid_zero(quantizer.zero, quantizer.spec)), float(grid_scale(quantizer.scale))
             found[name] = partial(F.hardtanh, min_val=-zero * scale, max_val=(255.0 - zero) * scale)
     return found
