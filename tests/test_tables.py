@@ -246,12 +246,9 @@ def test_recipes_are_made_of_shipped_ones(tables: ModuleType, tmp_path: Path) ->
         recipe = tables.Recipe.load(tables.write_recipe(name, tmp_path))
         assert recipe.equalize == (name == "mse+equalize")
     load = {name: tables.Recipe.load(str(tmp_path / f"{name}.toml")) for name in tables.RECIPES}
-    assert load["vmq-blocks"].network is None
-    assert load["vmq-blocks"].blocks == tables.Recipe.load("vmq").blocks
     assert load["brecq+gac"].blocks == tables.Recipe.load("brecq").blocks
     assert load["brecq+gac"].network.flow == 0
     assert load["brecq+gac+ofa"].network == tables.Recipe.load("ptq4vm").network
-    assert load["vmq-alpha-teacher"].network.teacher == "alpha"
     assert tables.same_as_shipped("brecq+gac+ofa", tmp_path) == "brecq+gac+ofa"
 
 

@@ -46,13 +46,10 @@ SEEDS: Mapping[str, tuple[int, ...]] = {"fast": (0, 1, 2), "standard": (0,)}
 
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "mse+equalize": ("mse", {"equalize": True}),
-    "vmq-blocks": ("vmq", {"network": None}),
     "brecq+gac": ("ptq4vm", {"blocks": "brecq", "network": {"flow": 0.0}}),
     "brecq+gac+ofa": ("ptq4vm", {"blocks": "brecq", "network": {"flow": 0.05}}),
     "qdrop+gac": ("ptq4vm", {"blocks": "qdrop", "network": {"flow": 0.0}}),
     "qdrop+gac+ofa": ("ptq4vm", {"blocks": "qdrop", "network": {"flow": 0.05}}),
-    "vmq-float-teacher": ("vmq", {"network": {"teacher": "float"}}),
-    "vmq-alpha-teacher": ("vmq", {"network": {"teacher": "alpha"}}),
 }
 """Recipes made here: the shipped one they start from and what changes. A table of the TOML file that is None is left
 out, one that is a word comes from the shipped recipe of that name, one that is a mapping is changed in these keys."""
@@ -92,7 +89,7 @@ FLOAT = Row("FP32")
 TABLES: tuple[Table, ...] = (
     Table("first-stage", "First stage, W4A4", (
         FLOAT, Row("MSE", "mse"), Row("MSE, equalized", "mse+equalize"), Row("BRECQ", "brecq"), Row("QDrop", "qdrop"),
-        Row("vmq, blocks alone", "vmq-blocks"))),
+        Row("vmq", "vmq"))),
     Table("bits", "Bits", (
         FLOAT, *(Row(f"{recipe} {Bits.parse(bits)}", recipe, bits)
                  for recipe in ("ptq4vm", "vmq") for bits in ("8", "w4a8", "4"))), size=True, ratio=True),
@@ -100,9 +97,8 @@ TABLES: tuple[Table, ...] = (
         FLOAT, Row("BRECQ", "brecq"), Row("BRECQ + GAC", "brecq+gac"), Row("BRECQ + GAC + OFA", "brecq+gac+ofa"),
         Row("QDrop", "qdrop"), Row("QDrop + GAC", "qdrop+gac"), Row("QDrop + GAC + OFA", "qdrop+gac+ofa"))),
     Table("data", "Footage, W4A4", (
-        FLOAT, Row("vmq, true alpha", "vmq-alpha-teacher"), Row("vmq, float network as teacher", "vmq-float-teacher"),
-        Row("vmq, footage without alpha", "vmq-float-teacher", footage="unlabelled"),
-        Row("vmq, built-in clips", "vmq-float-teacher", footage="builtin"),
+        FLOAT, Row("vmq", "vmq"), Row("vmq, other footage, without alpha", "vmq", footage="unlabelled"),
+        Row("vmq, built-in clips", "vmq", footage="builtin"),
         Row("FP32", elsewhere=True),
         *(Row(name, recipe, elsewhere=True)
           for name, recipe in (("QDrop", "qdrop"), ("ptq4vm", "ptq4vm"), ("vmq", "vmq")))), ratio=True),
