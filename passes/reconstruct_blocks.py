@@ -3,12 +3,12 @@
 Block after block in topological order: what goes in comes from the blocks before, already quantized; the target is
 what the float network computes there; the loss is
 
-    L = sum over what leaves the block of mean |y' - y|^2, summed over channels (Li et al. 2021, BRECQ, eq. 10)
+    L = sum over what leaves the block of mean |y' - y|^2, summed over channels (Li et al. 2021, BRECQ)
 
 and, where rounding is learned, AdaRound's regulariser. With a drop probability, values of activations, those that
 enter the block and those inside, are left unrounded at random (Wei et al. 2022, QDrop). A block with a recurrent
 state is unrolled over the frames of a sequence, from the float network's warm state on, and its new state counts in
-the loss like everything else that leaves it (Zhu et al. 2026, PTQ4VM).
+the loss like everything else that leaves it (PTQ4VM, arXiv:2506.10840).
 
 A quantizer belongs to the block that makes the value; one that quantizers of several blocks share, to the first.
 Float and quantized values at the edges of blocks are computed once and kept until the last block that reads them,

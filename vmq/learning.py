@@ -135,7 +135,7 @@ class Adam:
 class SoftRounding(nn.Module):
     """A weight quantizer that learns for each weight whether it is rounded up or down (Nagel et al. 2020, AdaRound).
 
-        y = scale * clip(floor(w / scale) + h(v), low, high),   h(v) = clip(1.2 * sigmoid(v) - 0.1, 0, 1)   eq. 16, 23
+        y = scale * clip(floor(w / scale) + h(v), low, high),   h(v) = clip(1.2 * sigmoid(v) - 0.1, 0, 1)   eq. 22, 23
 
     Scales may be learned along; floor(w / scale) stays what it was.
     """
