@@ -129,7 +129,7 @@ class _Calibration:
     def run(self) -> dict[str, Any]:
         """Learn; returns the report."""
         effort, recipe = self.context.options.effort, self.recipe
-        steps = max(1, round(effort.steps * recipe.share))
+        steps = effort.steps
         rates = {"affine": recipe.affine_rate, "weight": recipe.weight_rate, "scale": recipe.scale_rate,
                  "weight_scale": recipe.weight_scale_rate, "zero": recipe.zero_rate, "bias": recipe.bias_rate}
         optimizer = Adam(self.learned, rates)

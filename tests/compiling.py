@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
+from numpy.typing import NDArray
 from tiny_recurrent import read
 
 from passes import PIPELINE
@@ -95,6 +96,18 @@ def rerun(name: str, graph: Graph, context: Context, **options: Any) -> Any:
     step = next(p for p in PIPELINE if p.name == name)
     changed = dataclasses.replace(context, options=dataclasses.replace(context.options, **options))
     return run_passes(graph, [step], changed)[0]
+
+
+def constants(graph: Graph) -> dict[str, NDArray[Any]]:
+    """Copies of a graph's constants, by name."""
+    return {c.name: np.array(c.values) for c in graph.constants()}
+
+
+def changed(before: Graph, after: Graph) -> set[str]:
+    """Names of the constants that differ between two graphs of the same constants."""
+    old, new = constants(before), constants(after)
+    assert old.keys() == new.keys()
+    return {n for n, value in old.items() if not np.array_equal(value, new[n])}
 
 
 def optimized_ops(graph: Graph, path: Any) -> dict[str, int]:

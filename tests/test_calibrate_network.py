@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compiling import clips, network, rerun, run_to
+from compiling import changed, clips, constants, network, rerun, run_to
 from numpy.typing import NDArray
 from onnx_text import run as run_onnx
 from tiny_recurrent import FEED_FORWARD, LSTM, read
@@ -74,16 +74,6 @@ def calibrate(start: tuple[Graph, Context], recipe: dict[str, Any], checkpoint: 
 
 def gates(result: Any) -> list[float]:
     return list(result.report["closed_loop_MAD"].values())
-
-
-def constants(graph: Graph) -> dict[str, NDArray[Any]]:
-    return {c.name: np.array(c.values) for c in graph.constants()}
-
-
-def changed(before: Graph, after: Graph) -> set[str]:
-    old, new = constants(before), constants(after)
-    assert old.keys() == new.keys()
-    return {n for n, value in old.items() if not np.array_equal(value, new[n])}
 
 
 def same_nodes(before: Graph, after: Graph) -> None:

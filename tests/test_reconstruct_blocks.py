@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compiling import clips, network, rerun, run_to
+from compiling import changed, clips, constants, network, rerun, run_to
 from numpy.typing import NDArray
 from tiny_recurrent import FEED_FORWARD, GRU, LSTM, read
 
@@ -72,16 +72,6 @@ def reconstruct(start: tuple[Graph, Context], iterations: int = TINY.block_itera
                    effort=dataclasses.replace(TINY, block_iterations=iterations),
                    recipe=dataclasses.replace(PLAIN, blocks=BlockRecipe(**recipe)))
     return graph, result
-
-
-def constants(graph: Graph) -> dict[str, NDArray[Any]]:
-    return {c.name: np.array(c.values) for c in graph.constants()}
-
-
-def changed(before: Graph, after: Graph) -> set[str]:
-    old, new = constants(before), constants(after)
-    assert old.keys() == new.keys()
-    return {n for n, value in old.items() if not np.array_equal(value, new[n])}
 
 
 def parts(graph: Graph) -> dict[str, set[str]]:

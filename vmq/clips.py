@@ -240,10 +240,11 @@ def _listing(folder: Path) -> list[Path]:
         entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     except OSError as error:
         raise MediaError(f"{folder} cannot be read ({error.strerror}): check its permissions") from error
-    return sorted(entries, key=lambda entry: (_natural(entry.name), entry.name))
+    return sorted(entries, key=lambda entry: (natural(entry.name), entry.name))
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts names as people do, 2 before 10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name) if part]
 
 

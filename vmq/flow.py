@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import io
-import re
 import struct
 from collections import OrderedDict
 from pathlib import Path
@@ -30,7 +29,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vmq.clips import Frame, Size
+from vmq.clips import Frame, Size, natural
 from vmq.errors import FetchError, MediaError, OptionError, OutputError
 from vmq.graph import write_atomic
 
@@ -336,11 +335,7 @@ def _listing(folder: Path) -> list[Path]:
         raise MediaError(f"{folder} cannot be read ({error.strerror}): check its permissions") from error
     if len({file.suffix.lower() for file in files}) > 1:
         raise MediaError(f"{folder} holds both .flo and .npz: keep one kind")
-    return sorted(files, key=lambda file: (_natural(file.name), file.name))
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name) if part]
+    return sorted(files, key=lambda file: (natural(file.name), file.name))
 
 
 def _line(error: BaseException) -> str:

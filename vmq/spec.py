@@ -210,7 +210,6 @@ class NetworkRecipe:
         l1, laplacian, mse, temporal, state, foreground, flow: weights of the losses.
         occlusion: leave pixels out of the flow loss that flow forth and back do not agree on.
         affine_rate, weight_rate, weight_scale_rate, scale_rate, zero_rate, bias_rate: rates.
-        share: of the effort's steps.
     """
 
     learn: tuple[str, ...] = ("affine", "scale")
@@ -230,7 +229,6 @@ class NetworkRecipe:
     scale_rate: float = 1e-4
     zero_rate: float = 0.0
     bias_rate: float = 0.0
-    share: float = 1.0
 
     def __post_init__(self) -> None:
         _check_part(self, set(LEARNABLE) - {"rounding"})
