@@ -9,7 +9,7 @@ from onnx_text import load
 
 from vmq.graph import Graph
 from vmq.layers import compute_nodes, kinds_of, tail_nodes, weight_axis, weight_of
-from vmq.spec import TARGETS
+from vmq.targets import TARGETS
 
 CPU = TARGETS["cpu"]
 

@@ -24,8 +24,9 @@ from vmq.errors import OptionError, OutputError
 from vmq.graph import Graph, check_output
 from vmq.pipeline import Context, Observer, PassResult, run_passes
 from vmq.runtime import Session
-from vmq.spec import EFFORTS, TARGETS, Bits, Options, Recipe
+from vmq.spec import EFFORTS, Bits, Options, Recipe
 from vmq.synthetic import synthetic_clips
+from vmq.targets import TARGETS
 
 
 @dataclass(frozen=True)

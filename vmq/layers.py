@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vmq.graph import Constant, Graph
-from vmq.spec import Target
+from vmq.targets import Target
 
 
 def compute_nodes(graph: Graph, target: Target) -> list[Any]:

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from vmq.errors import OptionError
+from vmq.targets import TARGETS, Target
 
 CARRIER_BITS = 8
 """Width of tensors that only pass between elementwise operators: no narrower integer kernel exists."""
@@ -66,55 +67,6 @@ class QuantSpec:
             np.dtype(dtype).name]
         return cls(bits, signed, axis)
 
-
-@dataclass(frozen=True)
-class Operands:
-    """Which inputs of a multiply-add operator are quantized.
-
-    Attributes:
-        activations: indices of inputs that are activations.
-        weight: index of the weight, quantized with one scale per output channel when it is constant.
-    """
-
-    activations: tuple[int, ...]
-    weight: int
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where the model is to run: which operators have integer kernels there, and of what kind.
-
-    Attributes:
-        compute: multiply-add operators; their operands take the nominal bits.
-        carriers: operators with uint8 kernels, every float operand and result quantized.
-        movers: operators that hand on their input's integers unchanged, under the input's scale.
-        absorbed: operators that vanish into the quantizer after them when they follow a compute node.
-    """
-
-    name: str
-    compute: Mapping[str, Operands]
-    carriers: frozenset[str]
-    movers: frozenset[str]
-    absorbed: frozenset[str]
-
-
-# What fuses to integer kernels in the CPU execution provider of ONNX Runtime (1.24 to 1.31).
-TARGETS: Mapping[str, Target] = MappingProxyType({
-    "cpu": Target(
-        name="cpu",
-        compute=MappingProxyType({
-            "Conv": Operands((0,), 1),
-            "MatMul": Operands((0, 1), 1),
-            "Gemm": Operands((0, 1), 1),
-        }),
-        carriers=frozenset({"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu"}),
-        movers=frozenset({"Split", "Slice", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "MaxPool"}),
-        absorbed=frozenset({"Relu"}),
-    ),
-})
-
-CONTAINERS = ("int4cast", "int8", "int4")
-"""How 4-bit weights are stored: INT4 + Cast (small and fast), INT8 (older runtimes), plain INT4 (textbook)."""
 
 KEEPABLE = ("first", "last", "depthwise", "pooled", "recurrent")
 """Layers that `--keep WHAT=BITS` can name, all found from topology."""
@@ -397,8 +349,9 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.container not in CONTAINERS:
-            raise OptionError(f"--container {self.container} is not known; give one of {', '.join(CONTAINERS)}")
+        if self.container not in self.target.containers:
+            raise OptionError(f"--container {self.container} is not known for --target {self.target.name}; give one of "
+                              f"{', '.join(self.target.containers)}")
         if self.size is not None and not all(16 <= n <= 16384 for n in self.size):
             raise OptionError(f"--size {self.size[1]}x{self.size[0]} is out of range; give 16 to 16384 pixels a side")
         if self.downsample_ratio is not None and not 0.0 < self.downsample_ratio <= 1.0:

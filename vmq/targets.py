@@ -1,0 +1,60 @@
+"""Where a model is to run, as data: adding a target is adding a row to `TARGETS`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Which inputs of a multiply-add operator are quantized.
+
+    Attributes:
+        activations: indices of inputs that are activations.
+        weight: index of the weight, quantized with one scale per output channel when it is constant.
+    """
+
+    activations: tuple[int, ...]
+    weight: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the model is to run: which operators have integer kernels there, and of what kind.
+
+    Attributes:
+        compute: multiply-add operators; their operands take the nominal bits.
+        carriers: operators with uint8 kernels, every float operand and result quantized.
+        movers: operators that hand on their input's integers unchanged, under the input's scale.
+        absorbed: operators that vanish into the quantizer after them when they follow a compute node.
+        containers: how 4-bit weights may be stored, the best first (passes/lower.py says what each is).
+    """
+
+    name: str
+    compute: Mapping[str, Operands]
+    carriers: frozenset[str]
+    movers: frozenset[str]
+    absorbed: frozenset[str]
+    containers: tuple[str, ...]
+
+
+_LAYERS: Mapping[str, Operands] = MappingProxyType({
+    "Conv": Operands((0,), 1),
+    "MatMul": Operands((0, 1), 1),
+    "Gemm": Operands((0, 1), 1),
+})
+
+TARGETS: Mapping[str, Target] = MappingProxyType({t.name: t for t in (
+    # What fuses to integer kernels in the CPU execution provider of ONNX Runtime (1.24 to 1.31).
+    Target(
+        name="cpu",
+        compute=_LAYERS,
+        carriers=frozenset({"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu"}),
+        movers=frozenset({"Split", "Slice", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "MaxPool"}),
+        absorbed=frozenset({"Relu"}),
+        containers=("int4cast", "int8", "int4"),
+    ),
+)})
+"""What `--target` names."""
