@@ -124,7 +124,7 @@ def _times(graph: Graph, value: Any, scale: NDArray[np.float64]) -> Any:
 def _ranges(graph: Graph, context: Context, names: Iterable[str]) -> dict[str, NDArray[np.float64]]:
     """Largest magnitude of every channel of some values, averaged over frames."""
     wanted = [v.name for v in graph.values() if v.name in set(names)]
-    session = Session(graph, pairs=context.options.pairs, extra=wanted)
+    session = Session(graph, pairs=context.options.pairs, extra=wanted, device=context.options.device)
     sums: dict[str, NDArray[np.float64]] = {}
     clips = list(context.clips)[::max(1, len(context.clips) // 4)][:4]
     for clip in clips:

@@ -72,7 +72,7 @@ class CalibrateNetwork(Pass):
         recipe = context.options.network
         if recipe is None:
             return PassResult()
-        with Lanes() as lanes:
+        with Lanes(context.options.device) as lanes:
             work = _Calibration(graph, context, recipe, lanes)
             report = work.run()
         return PassResult(modified=assign(graph, work.shadow.graph), report=report)
@@ -110,13 +110,15 @@ class _Calibration:
         self.frame, self.states = session.frame_input, {p.input: p.output for p in session.state_pairs}
         self.alpha, self.foreground = pictures[1], pictures.get(3)
         teacher = crop_graph(context.reference, self.frame)
-        self.shadow = Shadow(crop_graph(graph, self.frame))
+        self.device = context.options.device
+        self.shadow = Shadow(crop_graph(graph, self.frame), self.device)
         size = next(v.shape for v in teacher.inputs if v.name == self.frame)[2:]
         self.crops = Crops(context.footage or context.clips, (size[0], size[1]), context.options.seed + 1)
-        self.start = {v.name: torch.zeros(v.shape) for v in self.shadow.graph.inputs if v.name in self.states}
+        self.start = {v.name: torch.zeros(v.shape, device=self.device) for v in self.shadow.graph.inputs
+                      if v.name in self.states}
         self.outputs = tuple(dict.fromkeys((self.alpha, *self.states.values(), *(
             (self.foreground,) if self.foreground and recipe.foreground else ()))))
-        self.teacher = create_session(teacher, threads=1)
+        self.teacher = create_session(teacher, threads=1, device=self.device)
         self.powers: dict[str, float] = {}
         self.streams = [_Stream(k) for k in range(STREAMS)]
         self.affine = _affines(self.shadow) if "affine" in recipe.learn else []
@@ -180,7 +182,7 @@ class _Calibration:
         taught, stream.theirs = self._teach(frames, stream.theirs)
         held, state, total, last = self._held(), stream.ours, torch.zeros(()), None
         pairs = self._flows(frames) if self.flow is not None else None
-        for t, frame in enumerate(frames):
+        for t, frame in enumerate(frames.to(self.device)):
             made = self.shadow.run({**held, self.frame: frame, **state}, self.outputs)
             state = {i: made[o] for i, o in self.states.items()}
             alpha = made[self.alpha]
@@ -210,10 +212,10 @@ class _Calibration:
         """Flow from each frame back to the one before, [1,2,h,w], and where it is to be believed."""
         pictures: NDArray[np.uint8] = (frames[:, 0] * 255.0).round().to(torch.uint8).numpy()
         assert self.flow is not None
-        back = [torch.from_numpy(f)[None] for f in flows(self.flow, pictures)]
+        back = [torch.from_numpy(f)[None].to(self.device) for f in flows(self.flow, pictures)]
         if not self.recipe.occlusion:
             return [(f, None) for f in back]
-        forth = [torch.from_numpy(f)[None] for f in flows(self.flow, pictures[::-1])[::-1].copy()]
+        forth = [torch.from_numpy(f)[None].to(self.device) for f in flows(self.flow, pictures[::-1])[::-1].copy()]
         return [(b, consistent(b, f)) for b, f in zip(back, forth, strict=True)]
 
     def _at_next(self, index: int) -> _Stream:
@@ -224,13 +226,14 @@ class _Calibration:
         if not stream.place:
             self._draw(stream)
             stream.ours = dict(self.start)
-            stream.theirs = {n: v.numpy() for n, v in self.start.items()}
+            stream.theirs = {n: v.cpu().numpy() for n, v in self.start.items()}
         return stream
 
     def _draw(self, stream: _Stream) -> None:
         length = max(self.context.options.effort.unrolled, self.recipe.length)
         short = np.random.default_rng((self.context.options.seed, 31, stream.number)).integers(1, length + 1)
-        stream.frames, stream.truth = self.crops.draw(stream.number, length, alpha=self.recipe.teacher == "alpha")
+        stream.frames, truth = self.crops.draw(stream.number, length, alpha=self.recipe.teacher == "alpha")
+        stream.truth = None if truth is None else truth.to(self.device)
         if stream.number < STREAMS:           # so that they do not all begin anew at once
             stream.frames = stream.frames[:max(self.context.options.effort.unrolled, int(short))]
 
@@ -242,14 +245,14 @@ class _Calibration:
             made = dict(zip(self.outputs, self.teacher.run(self.outputs, {self.frame: frame.numpy(), **state}),
                             strict=True))
             state = {i: made[o] for i, o in self.states.items()}
-            taught.append({n: torch.from_numpy(v) for n, v in made.items()})
+            taught.append({n: torch.from_numpy(v).to(self.device) for n, v in made.items()})
         return taught, state
 
     def _measure_states(self) -> None:
         """Note the power of the teacher's states."""
         for stream in self.streams[:GATE_CLIPS]:
             frames, _ = self.crops.draw(stream.number, max(8, self.context.options.effort.unrolled))
-            taught, _ = self._teach(frames, {n: v.numpy() for n, v in self.start.items()})
+            taught, _ = self._teach(frames, {n: v.cpu().numpy() for n, v in self.start.items()})
             for name in self.states.values():
                 power = float(np.mean([float(m[name].square().mean()) for m in taught]))
                 self.powers[name] = self.powers.get(name, 1e-12) + power / GATE_CLIPS
@@ -298,11 +301,13 @@ class _Calibration:
     # -- resuming -----------------------------------------------------------------------------------
 
     def _keep(self, optimizer: Adam, best: list[Tensor], history: list[tuple[int, float]]) -> None:
-        arrays = {f"t{k}": t.numpy() for k, t in enumerate(optimizer.tensors())}
-        arrays |= {f"b{k}": t.numpy() for k, t in enumerate(best)}
-        arrays |= {f"s{k}{name}": np.asarray(value) for k, stream in enumerate(self.streams)
-                   for name, value in (("", (stream.number, stream.place)), *(
-                       (f"{whose}{n}", v) for whose in ("ours", "theirs") for n, v in getattr(stream, whose).items()))}
+        arrays = {f"t{k}": t.cpu().numpy() for k, t in enumerate(optimizer.tensors())}
+        arrays |= {f"b{k}": t.cpu().numpy() for k, t in enumerate(best)}
+        for k, stream in enumerate(self.streams):
+            arrays[f"s{k}"] = np.array((stream.number, stream.place))
+            for whose in ("ours", "theirs"):
+                for name, value in getattr(stream, whose).items():
+                    arrays[f"s{k}{whose}{name}"] = torch.as_tensor(value).cpu().numpy()
         self.context.checkpoint.save("network", arrays | {"history": np.array(history)})
 
     @torch.no_grad()
@@ -320,9 +325,10 @@ class _Calibration:
             if place:
                 self._draw(stream)
                 stream.place = place
-                stream.ours = {n: torch.from_numpy(saved[f"s{k}ours{n}"]) for n in self.start}
+                stream.ours = {n: torch.from_numpy(saved[f"s{k}ours{n}"]).to(self.device) for n in self.start}
                 stream.theirs = {n: saved[f"s{k}theirs{n}"] for n in self.start}
-        return history[-1][0], [torch.from_numpy(saved[f"b{k}"]) for k in range(len(self.learned))], history
+        best = [torch.from_numpy(saved[f"b{k}"]).to(self.device) for k in range(len(self.learned))]
+        return history[-1][0], best, history
 
 
 def laplacian(off: Tensor) -> Tensor:
@@ -352,8 +358,10 @@ def _affines(shadow: Shadow) -> list[_Affine]:
         bias = node.inputs[2] if len(node.inputs) > 2 and isinstance(node.inputs[2], Constant) else None
         if len(node.inputs) > 2 if bias is None else len(bias.outputs) > 1:
             continue
-        found.append(_Affine(nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(())), quantize.inputs[0].name,
-                             node.inputs[1].name, quantize.inputs[1].name, None if bias is None else bias.name))
+        weight = shadow.parameter(quantize.inputs[0].name)
+        found.append(_Affine(nn.Parameter(weight.new_ones(())), nn.Parameter(weight.new_zeros(())),
+                             quantize.inputs[0].name, node.inputs[1].name, quantize.inputs[1].name,
+                             None if bias is None else bias.name))
     return found
 
 

@@ -96,7 +96,7 @@ class _Seen:
 def _observe(reference: Graph, names: list[str], context: Context, samples: int) -> dict[str, _Seen]:
     """Run the reference over all clips and watch the tensors called `names`."""
     total = sum(len(c) for c in context.clips)
-    session = Session(reference, pairs=context.options.pairs, extra=names)
+    session = Session(reference, pairs=context.options.pairs, extra=names, device=context.options.device)
     inputs = {v.name for v in reference.inputs}
     seen = {name: _Seen(max(64, samples // total)) for name in names}
     done = 0

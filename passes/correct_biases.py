@@ -80,8 +80,8 @@ def _mean_errors(graph: Graph, reference: Graph, context: Context) -> dict[str, 
         apart.replace_uses(result, given, users)
         apart.inputs.append(given)
         results[node.name], feeds[given.name] = result.name, source
-    exact = Session(reference, pairs=context.options.pairs, extra=list(feeds.values()))
-    ours = create_session(apart, extra=list(results.values()))
+    exact = Session(reference, pairs=context.options.pairs, extra=list(feeds.values()), device=context.options.device)
+    ours = create_session(apart, extra=list(results.values()), device=context.options.device)
     sums: dict[str, NDArray[np.float64]] = {}
     measured, frames = 0, _frames_of(context)
     for number, clip in enumerate(context.clips):

@@ -59,7 +59,7 @@ class ReconstructBlocks(Pass):
         recipe = context.options.blocks
         if recipe is None:
             return PassResult()
-        with Lanes() as lanes, tempfile.TemporaryDirectory(prefix="vmq-") as folder:
+        with Lanes(context.options.device) as lanes, tempfile.TemporaryDirectory(prefix="vmq-") as folder:
             work = _Reconstruction(graph, context, recipe, lanes, Path(folder))
             report = []
             for number, sweep in enumerate(_sweeps(recipe)):
@@ -84,8 +84,9 @@ class _Reconstruction:
         session = Session(context.reference, optimize=False, pairs=context.options.pairs)
         self.frame, self.states = session.frame_input, {p.input: p.output for p in session.state_pairs}
         exact = crop_graph(context.reference, self.frame)
-        self.exact = Shadow(exact)
-        self.shadow = Shadow(crop_graph(graph, self.frame))
+        self.device = context.options.device
+        self.exact = Shadow(exact, self.device)
+        self.shadow = Shadow(crop_graph(graph, self.frame), self.device)
         effort = context.options.effort
         size = next(v.shape for v in exact.inputs if v.name == self.frame)[2:]
         self.crops = Crops(context.footage or context.clips, (size[0], size[1]), context.options.seed)
@@ -136,9 +137,10 @@ class _Reconstruction:
         warm = int(np.random.default_rng((self.context.options.seed, number)).integers(WARM_UP + 1))
         frames, _ = self.crops.draw(number, warm + effort.frames)
         kept: dict[str, list[Tensor]] = {self.frame: [], **{i: [] for i in self.states}}
-        state = {v.name: torch.zeros(v.shape) for v in self.exact.graph.inputs if v.name in self.states}
+        state = {v.name: torch.zeros(v.shape, device=self.device) for v in self.exact.graph.inputs
+                 if v.name in self.states}
         first = max(0, len(frames) - effort.frames)
-        for t, frame in enumerate(frames):
+        for t, frame in enumerate(frames.to(self.device)):
             if t >= first:
                 kept[self.frame].append(frame)
                 for name, value in state.items():
@@ -157,7 +159,7 @@ class _Reconstruction:
         size = 4 * math.prod(shape)
         self.bytes += size
         if self.bytes <= MEMORY:
-            return torch.empty(tuple(shape))
+            return torch.empty(tuple(shape), device=self.device)
         with tempfile.NamedTemporaryFile(dir=self.folder) as file:      # the mapping keeps the file's room
             file.truncate(size)
             return torch.from_file(file.name, shared=True, size=size // 4).reshape(tuple(shape))
@@ -176,7 +178,7 @@ class _Reconstruction:
             results: dict[str, list[Tensor]] = {g: [] for g in gives}
             carried: dict[str, Tensor] = {}
             for t in range(length):
-                made = shadow.run({**held, **{n: store[n][s, t] for n in reads}, **carried}, gives)
+                made = shadow.run({**held, **{n: store[n][s, t].to(self.device) for n in reads}, **carried}, gives)
                 carried = {i: made[o] for i, o in states.items()}
                 for name, value in made.items():
                     results[name].append(value)
@@ -244,7 +246,7 @@ class _Reconstruction:
                 for name, value in saved.items():
                     shadow.parameter(name).copy_(torch.from_numpy(value))
         elif learned:
-            context.checkpoint.save(key, {n: shadow.parameter(n).detach().numpy() for n in sorted(names)})
+            context.checkpoint.save(key, {n: shadow.parameter(n).detach().cpu().numpy() for n in sorted(names)})
         shadow.write_back()
         self.changed += assign(self.graph, shadow.graph, names)
         after = self._loss(block, floats, ours)
@@ -295,7 +297,7 @@ class _Reconstruction:
                ours: dict[str, Tensor], drop: float) -> Tensor:
         """Mean squared error, summed over channels, of what leaves the block."""
         def read(store: dict[str, Tensor], name: str, t: int | None) -> Tensor:
-            return torch.cat([store[name][s, t if frame is None else frame] for s, frame in item])
+            return torch.cat([store[name][s, t if frame is None else frame] for s, frame in item]).to(self.device)
 
         times: Sequence[int | None] = range(ours[self.frame].shape[1]) if item[0][1] is None else (None,)
         held = self.shadow.run({}, self._fixed(block)) if len(times) > 1 else {}

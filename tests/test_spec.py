@@ -149,7 +149,8 @@ def test_options_describe_themselves_in_json() -> None:
                       pairs={"r1i": "r1o"}, container="int8", seed=3)
     assert json.loads(json.dumps(options.describe())) == {
         "bits": "W4A8", "recipe": "plain", "effort": "standard", "target": "cpu", "container": "int8",
-        "size": [288, 512], "downsample_ratio": 0.25, "keep": {"first": 8}, "pairs": {"r1i": "r1o"}, "seed": 3}
+        "size": [288, 512], "downsample_ratio": 0.25, "keep": {"first": 8}, "pairs": {"r1i": "r1o"}, "seed": 3,
+        "device": "cpu"}
     assert all(Options(container=c).container == c for c in TARGETS["cpu"].containers)
     assert json.dumps(Options().describe())
 

@@ -22,6 +22,7 @@ from vmq.clips import Clip, open_clips, sample_clips
 from vmq.dump import Dump
 from vmq.errors import OptionError, OutputError
 from vmq.graph import Graph, check_output
+from vmq.lanes import check_device
 from vmq.pipeline import Context, Observer, PassResult, run_passes
 from vmq.runtime import Session
 from vmq.spec import EFFORTS, Bits, Options, Recipe
@@ -106,7 +107,7 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
     downsample_ratio: float | None = None, effort: str = "standard", target: str = "cpu", container: str = "int4cast",
     keep: Mapping[str, int] | None = None, pairs: Mapping[str, str] | None = None, seed: int = 0,
     output: str | os.PathLike[str] | None = None, dump: str | os.PathLike[str] | None = None,
-    resume: bool = False, command: str = "", observers: Sequence[Observer] = (),
+    resume: bool = False, device: str = "cpu", command: str = "", observers: Sequence[Observer] = (),
     progress: Callable[[str, float], None] = lambda _what, _share: None,
 ) -> Result:
     """Quantize a video-matting network after training.
@@ -128,6 +129,7 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
         output: the file to write; none: only the result is returned.
         dump: folder for every intermediate result.
         resume: continue what an earlier run with the same `output` and arguments left unfinished.
+        device: where learning computes, cpu or cuda; the result is checked on the CPU in any case.
         command: noted in the dump as the way to repeat it.
         observers: watch the passes.
         progress: called with (what is being done, share done).
@@ -137,7 +139,9 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
     """
     options = Options(bits=Bits.parse(bits), recipe=Recipe.load(recipe), effort=_named(EFFORTS, "--effort", effort),
                       target=_named(TARGETS, "--target", target), container=container, size=parse_size(size),
-                      downsample_ratio=downsample_ratio, keep=dict(keep or {}), pairs=dict(pairs or {}), seed=seed)
+                      downsample_ratio=downsample_ratio, keep=dict(keep or {}), pairs=dict(pairs or {}), seed=seed,
+                      device=device)
+    check_device(device)
     if isinstance(calib, (str, os.PathLike)):
         calib = [calib]
     graph = model.copy() if isinstance(model, Graph) else Graph.load(model)

@@ -16,6 +16,8 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vmq.errors import OptionError
+
 LANES = 2
 """Items computed at a time."""
 
@@ -30,8 +32,22 @@ def generator() -> torch.Generator:
     return found
 
 
+def check_device(name: str) -> None:
+    """Raise OptionError where torch cannot compute on the device of this name."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"--device cuda: torch {torch.__version__} finds no CUDA device here; leave --device out, or "
+                          "install a CUDA build of torch on a machine with a GPU")
+
+
 class Lanes:
-    """A pool of threads to learn with; use it in a `with`."""
+    """A pool of threads to learn with; use it in a `with`.
+
+    Args:
+        device: where the items are computed; random numbers are drawn there.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
 
     def __enter__(self) -> Self:
         self._threads = torch.get_num_threads()
@@ -56,7 +72,7 @@ class Lanes:
         """
         def one(job: tuple[int, Any]) -> tuple[float, tuple[Tensor | None, ...]]:
             place, item = job
-            _own.generator = torch.Generator().manual_seed(seed * 1009 + place)
+            _own.generator = torch.Generator(self.device).manual_seed(seed * 1009 + place)
             value = loss(item)
             if not value.requires_grad:
                 return float(value), (None,) * len(parameters)

@@ -203,7 +203,8 @@ def mixed(x: Tensor, exact: Tensor, probability: float) -> Tensor:
     """x with each value replaced by that of `exact` with a probability (in steps of 1/256)."""
     if probability <= 0.0:
         return x
-    eights = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-2**63, None, generator=generator())
+    eights = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device)
+    eights.random_(-2**63, None, generator=generator())
     chosen = eights.view(torch.uint8)[:x.numel()].view(x.shape) < min(255, round(256 * probability))
     return torch.lerp(x, exact, chosen.to(x.dtype))       # eight times faster than rand and where
 

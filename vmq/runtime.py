@@ -50,6 +50,7 @@ class Session:
         downsample_ratio: fed to an input for it, where the model has one.
         extra: names of further values to hand out as outputs.
         pairs: state pairs by hand; default: the model's metadata, or else its topology.
+        device: see `create_session`.
 
     Raises:
         ModelError: the model cannot be read or run, or has no input that takes a frame.
@@ -57,11 +58,12 @@ class Session:
 
     def __init__(self, model: str | os.PathLike[str] | bytes | Graph, *, threads: int = 0, optimize: bool = True,
                  downsample_ratio: float = 1.0, extra: Sequence[str] = (),
-                 pairs: Mapping[str, str] | None = None) -> None:
+                 pairs: Mapping[str, str] | None = None, device: str = "cpu") -> None:
         self.label = "model" if isinstance(model, (bytes, Graph)) else str(model)
         graph = model if isinstance(model, Graph) else Graph.load(model)
         self.state_pairs = _pairs_of(graph, pairs)
-        self._session = create_session(graph, threads=threads, optimize=optimize, extra=extra, label=self.label)
+        self._session = create_session(graph, threads=threads, optimize=optimize, extra=extra, label=self.label,
+                                       device=device)
         self._states = {p.input: p.output for p in self.state_pairs}
         self._types = {i.name: _TYPES.get(i.type) for i in self._session.get_inputs()}
         self._shapes = {i.name: [d if isinstance(d, int) else None for d in i.shape]
@@ -216,8 +218,10 @@ def _pairs_of(graph: Graph, pairs: Mapping[str, str] | None) -> tuple[StatePair,
 
 
 def create_session(graph: Graph, *, threads: int = 0, optimize: bool = True, extra: Sequence[str] = (),
-                   label: str = "model") -> Any:
+                   label: str = "model", device: str = "cpu") -> Any:
     """A bare onnxruntime.InferenceSession of a graph, with the values called `extra` as further outputs.
+
+    On the device "cuda" nodes run on the GPU as far as the installed ONNX Runtime can, the others on the CPU.
 
     Raises:
         ModelError: ONNX Runtime does not take the graph.
@@ -234,8 +238,9 @@ def create_session(graph: Graph, *, threads: int = 0, optimize: bool = True, ext
     proto = graph.to_proto()
     present = {o.name for o in proto.graph.output}
     proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in dict.fromkeys(extra) if n not in present)
+    providers = {"CUDAExecutionProvider"} & set(ort.get_available_providers()) if device == "cuda" else ()
     try:
-        return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(proto.SerializeToString(), options, providers=[*providers, "CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises bare classes of its own
         raise ModelError(f"{label} cannot be loaded by ONNX Runtime {ort.__version__}: "
                          f"{' '.join(str(error).split())[:300]}") from error

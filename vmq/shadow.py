@@ -43,6 +43,9 @@ class Shadow(nn.Module):
 
     No parameter requires a gradient until somebody says so: `shadow.parameter(name).requires_grad_()`.
 
+    Args:
+        device: where its parameters are, and so where it computes.
+
     Attributes:
         graph: the graph, whose constants `write_back` assigns.
         quantizers: the fake quantizer behind each dequantized value, by the value's name. An entry may be replaced
@@ -52,9 +55,9 @@ class Shadow(nn.Module):
         ModelError: the graph has an operator, an attribute or a constant that is not supported; names the node.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, device: str = "cpu") -> None:
         super().__init__()
-        self.graph = graph
+        self.graph, self._device = graph, device
         self.quantizers: dict[str, Callable[[Tensor], Tensor]] = {}
         self._constants = {c.name: c for c in graph.constants()}
         self._keys: dict[str, str] = {}               # constants, by name: their parameters and buffers, by name
@@ -219,7 +222,7 @@ class Shadow(nn.Module):
         if all(n.op in HOST_INPUTS and n.inputs[0] is not constant for n in constant.outputs):
             self._host[constant.name] = tensor
             return
-        self._keys[constant.name] = key
+        self._keys[constant.name], tensor = key, tensor.to(self._device)
         if tensor.is_floating_point():
             self.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
             return

@@ -68,6 +68,8 @@ class QuantSpec:
         return cls(bits, signed, axis)
 
 
+DEVICES = ("cpu", "cuda")
+"""Where learning computes."""
 KEEPABLE = ("first", "last", "depthwise", "pooled", "recurrent")
 """Layers that `--keep WHAT=BITS` can name, all found from topology."""
 
@@ -335,6 +337,7 @@ class Options:
         downsample_ratio: what an input for the ratio is bound to, in (0, 1].
         keep: width of layers that stay wider (or become narrower) than nominal, by `KEEPABLE` or node name.
         pairs: state inputs and outputs paired by hand, where topology alone is ambiguous.
+        device: where learning computes, one of `DEVICES`.
     """
 
     bits: Bits = field(default_factory=lambda: Bits(8, 8))
@@ -347,8 +350,11 @@ class Options:
     keep: Mapping[str, int] = field(default_factory=dict)
     pairs: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise OptionError(f"--device {self.device} is not known; give one of {', '.join(DEVICES)}")
         if self.container not in self.target.containers:
             raise OptionError(f"--container {self.container} is not known for --target {self.target.name}; give one of "
                               f"{', '.join(self.target.containers)}")
@@ -382,5 +388,5 @@ class Options:
             "bits": str(self.bits), "recipe": self.recipe.name, "effort": self.effort.name, "target": self.target.name,
             "container": self.container, "size": list(self.size) if self.size else None,
             "downsample_ratio": self.downsample_ratio, "keep": dict(self.keep), "pairs": dict(self.pairs),
-            "seed": self.seed,
+            "seed": self.seed, "device": self.device,
         }
