@@ -16,9 +16,6 @@ from typing import Any
 import compiling
 import pytest
 import tiny_matting as tiny
-from onnx_text import parse
-
-from vmq.graph import Graph
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "tables.py"
 
@@ -225,20 +222,6 @@ def test_seeds_give_a_mean_and_a_spread(tables: ModuleType, arguments: list[str]
     assert set(line(shown, "BRECQ")[2:]) == {"-"}
     assert tables.main([*arguments, "--only", "small", "--effort", "fast", "--seeds", "1"]) == 0
     assert len(counted.commands) == 7
-
-
-def test_multiply_adds_by_hand(tables: ModuleType) -> None:
-    graph = Graph.load(parse("""(float[1,3,8,10] x, float[6,3,3,3] w, float[6,1,3,3] d, float[5,20] m, float[4,5] g)
-                         => (float[1,6,4,20] y, float[4,20] z) {
-        a = Conv <pads = [1,1,1,1], strides = [2,2]> (x, w)
-        b = Conv <pads = [1,1,1,1], group = 6> (a, d)
-        r = Relu (b)
-        y = MatMul (r, m)
-        z = Gemm (g, m)
-    }"""))
-    graph.infer_shapes()
-    convs = 6 * 4 * 5 * (3 * 9) + 6 * 4 * 5 * 9
-    assert tables.multiply_adds(graph) == convs + 6 * 4 * 20 * 5 + 4 * 20 * 5
 
 
 def test_recipes_are_made_of_shipped_ones(tables: ModuleType, tmp_path: Path) -> None:

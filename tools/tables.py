@@ -25,10 +25,11 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from math import prod
 from pathlib import Path
 from typing import Any
 
+from vmq.bench import processor
+from vmq.cost import cost_of, saving
 from vmq.errors import MediaError, OptionError, VmqError
 from vmq.graph import Graph, write_atomic
 from vmq.spec import Bits, Recipe
@@ -256,21 +257,6 @@ def _shipped(name: str) -> str:
 # ------------------------------------------------------------------------------------------------- multiply-adds
 
 
-def multiply_adds(graph: Graph) -> int:
-    """Multiply-adds of one frame in Conv, Gemm and MatMul, from the graph's static shapes."""
-    return sum(map(_per_node, graph.nodes))
-
-
-def _per_node(node: Any) -> int:
-    if node.op not in ("Conv", "Gemm", "MatMul"):
-        return 0
-    results = prod(node.outputs[0].shape)
-    if node.op == "Conv":
-        return results * prod(node.inputs[1].shape[1:])
-    left = node.inputs[0].shape
-    return results * left[-2 if node.op == "Gemm" and node.attrs.get("transA") else -1]
-
-
 def network_multiply_adds(model: Path) -> int:
     """Multiply-adds of a model file at the size it is compiled for."""
     from passes import PIPELINE
@@ -279,7 +265,7 @@ def network_multiply_adds(model: Path) -> int:
 
     graph = Graph.load(model)
     run_passes(graph, PIPELINE[:[p.name for p in PIPELINE].index("fold_shapes") + 1], Context(Options()))
-    return multiply_adds(graph)
+    return cost_of(graph).multiply_adds
 
 
 # -------------------------------------------------------------------------------------------------- computing it
@@ -574,7 +560,7 @@ def _line(bench: Bench, table: Table, row: Row, shown: str, effort: str, jobs: S
     if table.size:
         adds = bench.multiply_adds(compute=False)
         bits = Bits.parse(row.bits) if row.recipe else None
-        smaller = 1.0 if bits is None else (32 / bits.weights + 32 / bits.activations) / 2
+        smaller = 1.0 if bits is None else saving(bits.weights, bits.activations)
         sizes = [r["compile"]["size_bytes"] for r in made] if row.recipe else [bench.model.stat().st_size]
         cells += [f"{adds / smaller / 1e9:.2f}" if adds else "-", _mean([s / 1e6 for s in sizes], spread=False)]
     cells += [_mean([m[name] for m in means], digits=3 if name == "F" else 2) for name in MEASURES]
@@ -621,16 +607,8 @@ def _above_nominal(bench: Bench, table: Table) -> list[str]:
 def _footer(bench: Bench) -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("vmq", "onnxruntime", "torch"))
-    return (f"{date.today().isoformat()}; {_processor()}, {cores} cores; {versions}, Python "
+    return (f"{date.today().isoformat()}; {processor()}, {cores} cores; {versions}, Python "
             f"{platform.python_version()}; source {bench.source[:12]}, model {bench.sha[:12]}.")
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 # ---------------------------------------------------------------------------------------------------- command line

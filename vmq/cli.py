@@ -137,6 +137,14 @@ def _eval(args: argparse.Namespace) -> None:
     _print(args, to_json(results), to_lines(results, args.reference))
 
 
+def _bench(args: argparse.Namespace) -> None:
+    from vmq.bench import bench, to_json, to_lines
+
+    with Progress(quiet=args.quiet) as progress:
+        result = bench(args.models, baseline=args.baseline, threads=args.threads, runs=args.runs, report=progress)
+    _print(args, to_json(result), to_lines(result))
+
+
 def _remark(args: argparse.Namespace, text: str) -> None:
     """Tell what the user should know, beside the result."""
     if not args.quiet:
@@ -274,6 +282,16 @@ def _parser() -> argparse.ArgumentParser:
     _threads(eval_)
     _quiet(eval_)
     _json(eval_)
+
+    bench = command("bench", _bench, "time models against each other, and say where their time goes",
+                    "vmq bench rvm.onnx rvm_w8a8.onnx rvm_w4a4.onnx --threads 1")
+    add = bench.add_argument
+    add("models", nargs="+", metavar="MODEL", help="ONNX files, quantized or not")
+    add("--baseline", metavar="FP32.onnx", help="what the others are compared with (default: the first model)")
+    add("--runs", type=int, default=50, metavar="N", help="rounds, each a frame of every model (default: 50)")
+    _threads(bench)
+    _quiet(bench)
+    _json(bench)
     return parser
 
 
