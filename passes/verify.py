@@ -5,7 +5,7 @@
   stated;
 - closed loop (own states) against the float reference, beside open loop (the reference's states fed at every
   frame): a recurrent network can be right in every frame and still drift. Error that grows over a clip is said
-  loudly.
+  loudly, and so is a state that drifts or saturates (vmq/drift.py), by its name.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from vmq.drift import SATURATED, StateErrors
 from vmq.errors import PassError
 from vmq.graph import Graph
 from vmq.pipeline import Context, Pass, PassResult
@@ -26,7 +27,9 @@ EXACT_FRAMES = 3
 LOOP_CLIPS = 4
 """Clips that are run in closed and open loop."""
 COLLAPSE = 3.0
-"""Closed-loop error at the end of clips, in multiples of open-loop error, that is called a collapse."""
+"""Closed-loop error at the end of clips, in multiples of open-loop error, that is called a collapse ..."""
+GROWTH = 1.5
+"""... if it is also so many times that at their start."""
 
 
 class Verify(Pass):
@@ -43,14 +46,22 @@ class Verify(Pass):
         assert context.reference is not None
         _same_bits(graph, context.found["lower"], context)
         steps = _differing(graph, context)
-        loops = _loops(graph, context.reference, context)
+        loops, states = _loops(graph, context.reference, context)
         notes = list[str]()
-        if loops["closed_last"] > COLLAPSE * loops["open"] and loops["closed_last"] > 1.5 * loops["closed_first"]:
+        if loops["closed_last"] > COLLAPSE * loops["open"] and loops["closed_last"] > GROWTH * loops["closed_first"]:
             notes.append(f"recurrent collapse: MAD to float grows from {loops['closed_first']:.1f} to "
                          f"{loops['closed_last']:.1f} within a clip, while frame by frame on float states it is "
                          f"{loops['open']:.1f}; use more bits or --keep recurrent=8")
+        for name, state in states.items():
+            if state["last"] > COLLAPSE * state["open"] and state["last"] > GROWTH * state["first"]:
+                notes.append(f"state {name} drifts: its error grows from {state['first']:.1%} to {state['last']:.1%} "
+                             f"within a clip, while on float states it is {state['open']:.1%}; use more bits or --keep "
+                             "recurrent=8")
+            if state["saturated"] > state["saturated_in_float"] + SATURATED:
+                notes.append(f"state {name} saturates: {state['saturated']:.1%} of it is at the ends of its range, of "
+                             f"the float state {state['saturated_in_float']:.1%}; calibrate on longer clips")
         return PassResult(notes=tuple(notes), report={"differing_from_lowered": 0, "optimized_alpha_differs": steps,
-                                                      "MAD_to_float": loops})
+                                                      "MAD_to_float": loops, "states": states})
 
 
 def _same_bits(graph: Graph, lowered_from: Graph, context: Context) -> None:
@@ -78,31 +89,35 @@ def _differing(graph: Graph, context: Context) -> float:
     return differing / total
 
 
-def _loops(graph: Graph, reference: Graph, context: Context) -> dict[str, float]:
-    """Mean |alpha - float alpha| x 1e3 in closed loop (all, first and last quarter of clips) and in open loop."""
+def _loops(graph: Graph, reference: Graph, context: Context) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Mean |alpha - float alpha| x 1e3 in closed loop (all, first and last quarter of clips) and in open loop; and of
+    every state its error in closed loop (first and last quarter) and in open loop, and how much of it saturates.
+    """
     closed, loose = Session(graph), Session(graph)
     exact = Session(reference, pairs=context.options.pairs)
+    states, open_states = (StateErrors(graph, closed.state_pairs) for _ in range(2))
     clips = list(context.clips)[:: max(1, len(context.clips) // LOOP_CLIPS)][:LOOP_CLIPS]
     length = context.options.effort.loop_frames
-    errors: list[NDArray[np.float64]] = []
-    opens: list[float] = []
+    closes, opens = list[float](), list[float]()
+    first, last = list[int](), list[int]()
     for number, clip in enumerate(clips):
-        row = []
-        frames = clip.frames(0, length // len(clips))
-        for index, (frame, want) in enumerate(_with_reference(frames, exact, closed, loose)):
-            row.append(float(np.abs(closed.alpha_of(closed.step(frame)) - want).mean()) * 1e3)
+        count = min(len(clip), length // len(clips))
+        quarter, start = max(1, count // 4), len(closes)
+        first += range(start, start + quarter)
+        last += range(start + count - quarter, start + count)
+        for index, (frame, want) in enumerate(_with_reference(clip.frames(0, count), exact, closed, loose)):
+            closes.append(float(np.abs(closed.alpha_of(closed.step(frame)) - want).mean()) * 1e3)
             opens.append(float(np.abs(loose.alpha_of(loose.step(frame)) - want).mean()) * 1e3)
-            share = (index + 1) / min(len(clip), length // len(clips))
-            context.progress("verifying in closed loop", (number + share) / len(clips))
-        errors.append(np.asarray(row))
-    quarter = [max(1, len(e) // 4) for e in errors]
-    return {
-        "closed": float(np.mean([e.mean() for e in errors])),
-        "closed_first": float(np.mean([e[:q].mean() for e, q in zip(errors, quarter, strict=True)])),
-        "closed_last": float(np.mean([e[-q:].mean() for e, q in zip(errors, quarter, strict=True)])),
-        "open": float(np.mean(opens)),
-        "frames": float(sum(map(len, errors))),
-    }
+            states.add(closed.state, exact.state)
+            open_states.add(loose.state, exact.state)
+            context.progress("verifying in closed loop", (number + (index + 1) / count) / len(clips))
+    errors = np.asarray(closes)
+    alpha = {"closed": float(errors.mean()), "closed_first": float(errors[first].mean()),
+             "closed_last": float(errors[last].mean()), "open": float(np.mean(opens)), "frames": float(len(errors))}
+    return alpha, {name: {
+        "first": float(states.error(name)[first].mean()), "last": float(states.error(name)[last].mean()),
+        "open": float(open_states.error(name).mean()), "saturated": float(states.saturated(name)[0].mean()),
+        "saturated_in_float": float(states.saturated(name)[1].mean())} for name in states.names}
 
 
 def _with_reference(frames: Iterable[NDArray[np.uint8]], exact: Session, closed: Session, loose: Session,
