@@ -9,6 +9,7 @@ from passes.check_input import CheckInput
 from passes.correct_biases import CorrectBiases
 from passes.equalize import Equalize
 from passes.find_closures import FindClosures
+from passes.floor_pooling import FloorPooling
 from passes.fold_batchnorm import FoldBatchnorm
 from passes.fold_shapes import FoldShapes
 from passes.fuse_hardswish import FuseHardswish
@@ -25,6 +26,7 @@ PIPELINE: tuple[Pass, ...] = (
     RaiseOpset(),
     BindShapes(),
     FoldShapes(),
+    FloorPooling(),
     FuseHardswish(),
     FoldBatchnorm(),
     AlignChannels(),
