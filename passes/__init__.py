@@ -7,6 +7,7 @@ from passes.calibrate_network import CalibrateNetwork
 from passes.calibrate_ranges import CalibrateRanges
 from passes.check_input import CheckInput
 from passes.correct_biases import CorrectBiases
+from passes.double_sizes import DoubleSizes
 from passes.equalize import Equalize
 from passes.find_closures import FindClosures
 from passes.floor_pooling import FloorPooling
@@ -14,7 +15,10 @@ from passes.fold_batchnorm import FoldBatchnorm
 from passes.fold_shapes import FoldShapes
 from passes.fuse_hardswish import FuseHardswish
 from passes.insert_qdq import InsertQdq
+from passes.integer_forms import IntegerForms
 from passes.lower import Lower
+from passes.move_integers import MoveIntegers
+from passes.pack_columns import PackColumns
 from passes.quantize_biases import QuantizeBiases
 from passes.raise_opset import RaiseOpset
 from passes.reconstruct_blocks import ReconstructBlocks
@@ -35,11 +39,15 @@ PIPELINE: tuple[Pass, ...] = (
     FindClosures(),
     InsertQdq(),
     CalibrateRanges(),
+    IntegerForms(),
     CorrectBiases(),
     ReconstructBlocks(),
     CalibrateNetwork(),
     QuantizeBiases(),
     Lower(),
+    MoveIntegers(),
+    DoubleSizes(),
+    PackColumns(),
     Verify(),
 )
 """What `vmq compile` runs, in this order."""

@@ -25,6 +25,10 @@ from vmq.runtime import Session
 from vmq.spec import QuantSpec
 
 
+MANTISSA = 12
+"""Significant bits of a scale."""
+
+
 class CalibrateRanges(Pass):
     """Find scales and zero points: the reference runs recurrently over the clips, each range is searched."""
 
@@ -43,29 +47,31 @@ class CalibrateRanges(Pass):
         for node in graph.nodes:
             if node.op == "QuantizeLinear":
                 groups.setdefault(id(node.inputs[1]), []).append(node)
-        leaders = [nodes[0] for nodes in groups.values()]
-        sources = {id(n): float_source(n.inputs[0]) for n in leaders}
+        sources = {id(n): float_source(n.inputs[0]) for nodes in groups.values() for n in nodes}
         renamed: dict[str, str] = context.found["insert_qdq"]
         called = {k: renamed.get(s.name, s.name) for k, s in sources.items() if not isinstance(s, Constant)}
         names = list(dict.fromkeys(called.values()))
         observed = _observe(context.reference, names, context, recipe.samples)
 
-        for index, node in enumerate(leaders):
+        for index, nodes in enumerate(groups.values()):
+            node = nodes[0]
             source, spec = sources[id(node)], QuantSpec.of(node.inputs[2].dtype, node.attrs.get("axis"))
             if spec.signed:
                 scale = search_weight_scale(np.asarray(source.values), spec, norm=recipe.range_norm,
                                             steps=recipe.range_steps)
                 zero = np.zeros(scale.shape, np.int32)
             else:
-                seen = _Seen.of_constant(source) if isinstance(source, Constant) else observed[called[id(node)]]
-                scale, zero = search_range(seen.samples, seen.low, seen.high, spec, norm=recipe.range_norm,
+                seen = [_Seen.of_constant(s) if isinstance(s, Constant) else observed[called[k]] for k, s in {
+                    id(n): sources[id(n)] for n in _apart(nodes)}.items()]
+                scale, zero = search_range(np.concatenate([s.samples for s in seen]), min(s.low for s in seen),
+                                           max(s.high for s in seen), spec, norm=recipe.range_norm,
                                            steps=recipe.range_steps, through=_reader(node))
-            node.inputs[1].values = np.asarray(scale, np.float32)
+            node.inputs[1].values = _short(scale)
             node.inputs[2].values = np.asarray(zero).astype(spec.dtype)
-            context.progress("searching ranges", (index + 1) / len(leaders))
+            context.progress("searching ranges", (index + 1) / len(groups))
         frames = sum(len(c) for c in context.clips)
-        return PassResult(modified=len(leaders), report={
-            "frames": frames, "clips": [c.name for c in context.clips], "quantizers": len(leaders)})
+        return PassResult(modified=len(groups), report={
+            "frames": frames, "clips": [c.name for c in context.clips], "quantizers": len(groups)})
 
 
 class _Seen:
@@ -114,6 +120,21 @@ def _observe(reference: Graph, names: list[str], context: Context, samples: int)
             done += 1
             context.progress("running the calibration clips", done / total)
     return seen
+
+
+def _apart(nodes: list[Any]) -> list[Any]:
+    """Of quantizers that share a scale those that see all of its values: what is joined or moved is seen before."""
+    joined = [n for n in nodes if n.inputs[0].inputs and n.inputs[0].inputs[0].op == "Concat"]
+    return joined or nodes[:1]
+
+
+def _short(scale: NDArray[Any]) -> NDArray[np.float32]:
+    """A scale in `MANTISSA` bits: differences and quarters of its multiples are exact in float32.
+
+    So are halves between two steps, and every runtime rounds them to the same side.
+    """
+    part, exponent = np.frexp(np.asarray(scale, np.float32))
+    return np.ldexp(np.rint(np.ldexp(part, MANTISSA)), exponent - MANTISSA).astype(np.float32)
 
 
 def _reader(node: Any) -> Callable[[NDArray[np.float32]], NDArray[np.float32]] | None:

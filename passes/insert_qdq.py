@@ -15,15 +15,17 @@ difference is taken: a variance as E[xy] - E[x]E[y] does not survive the roundin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
 from vmq.errors import ModelError, OptionError
 from vmq.graph import Constant, Graph
-from vmq.layers import compute_nodes, kinds_of, tail_nodes, weight_axis, weight_of
+from vmq.layers import carries, compute_nodes, kinds_of, tail_nodes, weight_axis, weight_of
 from vmq.pipeline import Context, Pass, PassResult
 from vmq.spec import CARRIER_BITS, KEEPABLE, Bits, Options, QuantSpec
+from vmq.states import StatePair
 
 KEPT_BY_DEFAULT = {"first": 8, "last": 8}
 """As BRECQ and QDrop do: the first and the last layer stay at 8 bits."""
@@ -46,7 +48,7 @@ class InsertQdq(Pass):
         graph.infer_shapes()
         context.reference = graph.copy()
         closures = context.found["find_closures"]
-        work = _Placement(graph, context.options, {s.pair.output for s in closures.states},
+        work = _Placement(graph, context.options, [s.pair for s in closures.states],
                           {n for s in closures.states for n in s.nodes})
         work.run()
         context.found[self.name] = work.renamed
@@ -56,8 +58,9 @@ class InsertQdq(Pass):
 
 
 class _Placement:
-    def __init__(self, graph: Graph, options: Options, state_outputs: set[str], recurrent: set[str]) -> None:
+    def __init__(self, graph: Graph, options: Options, states: Sequence[StatePair], recurrent: set[str]) -> None:
         self.graph, self.options, self.target = graph, options, options.target
+        self.states, state_outputs = {s.input for s in states}, {s.output for s in states}
         self.kinds = kinds_of(graph, self.target, state_outputs, recurrent)
         self.float_nodes = tail_nodes(graph, self.target, state_outputs) | _differences(graph)
         for node in compute_nodes(graph, self.target):
@@ -70,6 +73,7 @@ class _Placement:
                 raise OptionError(f"--keep {what}: no such layer; give one of {', '.join(KEEPABLE)}, or the name of a "
                                   f"{', '.join(sorted(self.target.compute))} node")
         self.constants: dict[tuple[int, int], Any] = {}
+        self.joined: dict[str, tuple[Any, Any]] = {}    # scale and zero point that a Concat's operands share, by node
         self.renamed: dict[str, str] = {}      # model outputs whose name went to the value behind their quantizer
         self.notes: list[str] = []
         self.inserted = self.weights = self.activations = 0
@@ -87,7 +91,7 @@ class _Placement:
             if node.name in self.bits:
                 self._weight(node)
         for node in list(self.graph.nodes):
-            if node.op in self.target.carriers and node.name not in self.float_nodes:
+            if node.op != "Sub" and self._carries(node):
                 for index, value in enumerate(node.inputs):
                     if isinstance(value, Constant) and self._is_float(value):
                         node.inputs[index] = self._pair(value, CARRIER_BITS)
@@ -121,7 +125,7 @@ class _Placement:
             return {self.bits[reader.name].activations} if any(reader.inputs[i] is value for i in operands) else set()
         if reader.name in self.float_nodes:
             return set()
-        if reader.op in self.target.carriers:
+        if self._carries(reader):
             return {CARRIER_BITS}
         if reader.op in self.target.movers and reader.inputs[0] is value:
             return {width for result in reader.outputs for width in self._wants(result)}
@@ -135,7 +139,10 @@ class _Placement:
         if node.op in self.target.absorbed:
             before = node.inputs[0].inputs
             return bool(before) and before[0].name in self.bits and len(node.inputs[0].outputs) == 1
-        return node.name in self.bits or (node.op in self.target.carriers and node.name not in self.float_nodes)
+        return node.name in self.bits or self._carries(node)
+
+    def _carries(self, node: Any) -> bool:
+        return node.name not in self.float_nodes and carries(node, self.target)
 
     def _activation(self, value: Any) -> None:
         if not self._is_float(value):
@@ -144,9 +151,14 @@ class _Placement:
         if len(readers) == 1 and readers[0].op in self.target.absorbed and value.inputs \
                 and value.inputs[0].name in self.bits:
             return                                          # quantized behind the Relu
+        made_in_integers = self._integer_source(value)
+        joins = self._joins(value)
+        if joins and not made_in_integers and len(joins) < len(readers) and value.name not in self.states:
+            for join in joins:                              # a float value is rounded to the grid of what it joins
+                self._replace(value, self._pair(value, CARRIER_BITS, self._shared([join])), [join])
+            readers = [r for r in readers if r not in joins]
         by_reader = {id(r): self._wanted_by(r, value) for r in readers}
         wants = set().union(*by_reader.values())
-        made_in_integers = self._integer_source(value)
         is_output = any(o is value for o in self.graph.outputs)
         only_output = (readers or is_output) and all(r.name in self.float_nodes for r in readers)
         if not wants and (not made_in_integers or only_output):
@@ -155,28 +167,47 @@ class _Placement:
         current, tied = value, self._tied_to(value)
         if CARRIER_BITS in wants or not wants or (made_in_integers and (len(narrow) < len(readers) or is_output)):
             current = self._pair(value, CARRIER_BITS, tied)
-            self._replace(value, current, readers)
+            self._replace(value, current, readers if made_in_integers else [r for r in readers if by_reader[id(r)]])
         if narrow:
             self._replace(current, self._pair(current, min(wants), tied), narrow)
 
     def _tied_to(self, value: Any) -> Any:
-        """The quantizer in front of the mover that made this value: the result takes over its scale."""
+        """A scale and zero point that a value shares, or None.
+
+        What a mover makes has those of what it moves. What only Concats read has theirs: then they move integers.
+        """
         if value.inputs and value.inputs[0].op in self.target.movers and value.inputs[0].name not in self.float_nodes:
             source = value.inputs[0].inputs[0]
             if source.inputs and source.inputs[0].op == "DequantizeLinear":
-                return source.inputs[0]
-        return None
+                return source.inputs[0].inputs[1:3]
+        if value.inputs and value.inputs[0].op == "Concat":
+            return self._shared(value.inputs[:1])
+        joins = self._joins(value)
+        alone = len(joins) == len(value.outputs) and not any(o is value for o in self.graph.outputs)
+        return self._shared(joins) if joins and alone else None
+
+    def _joins(self, value: Any) -> list[Any]:
+        """The Concats that read a value, as carriers."""
+        return [r for r in value.outputs if r.op == "Concat" and self._carries(r)]
+
+    def _shared(self, joins: list[Any]) -> tuple[Any, Any]:
+        """The scale and zero point that the operands of some Concats share with what they make."""
+        shared = next((self.joined[j.name] for j in joins if j.name in self.joined), None) \
+            or self._constants(CARRIER_BITS)
+        self.joined.update((j.name, shared) for j in joins)
+        return shared
 
     def _pair(self, value: Any, bits: int, tied: Any = None) -> Any:
-        """Q and DQ behind a value; returns what DQ gives. Tied to a DQ of the same width, it shares its constants."""
+        """Q and DQ behind a value; returns what DQ gives. Tied to constants of the same width, it shares them."""
         spec = QuantSpec(bits, signed=False)
-        if tied is not None and tied.inputs[2].dtype == spec.dtype:
-            scale, zero = tied.inputs[1:3]
-        else:
-            scale = self.graph.constant("scale", np.ones((), np.float32))
-            zero = self.graph.constant("zero", np.zeros((), spec.dtype))
+        scale, zero = tied if tied is not None and tied[1].dtype == spec.dtype else self._constants(bits)
         self.activations += 1
         return self._q_dq(value, scale, zero, spec, {})
+
+    def _constants(self, bits: int) -> tuple[Any, Any]:
+        """A scale and a zero point that are still to be found."""
+        return (self.graph.constant("scale", np.ones((), np.float32)),
+                self.graph.constant("zero", np.zeros((), QuantSpec(bits, signed=False).dtype)))
 
     def _weight(self, node: Any) -> None:
         weight = weight_of(node, self.target)

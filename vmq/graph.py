@@ -182,7 +182,7 @@ class Graph:
 
     def constant(self, hint: str, values: NDArray[Any]) -> Any:
         """A new constant; its name is `hint`, made unique."""
-        return Constant(self.unique(hint), values)
+        return Constant(self.unique(hint), np.asarray(values))
 
     def add(self, op: str, inputs: Sequence[Any], output: str | Any, attrs: dict[str, Any] | None = None,
             shape: Sequence[Any] | None = None, dtype: Any = np.float32) -> Any:

@@ -1,4 +1,4 @@
-"""What kind of layer a multiply-add node is, from topology and types: first, last, depthwise, pooled, recurrent."""
+"""What a node is to the quantizer, from topology and types: a layer of some kind, a carrier of integers, neither."""
 
 from __future__ import annotations
 
@@ -78,8 +78,58 @@ def tail_nodes(graph: Graph, target: Target, state_outputs: Collection[str]) -> 
     return {n.name for n in graph.nodes if id(n) not in inner and id(n) not in layers}
 
 
+def carries(node: Any, target: Target) -> bool:
+    """True for a node that works on uint8, by a kernel of its own or in a form that passes/integer_forms.py gives it.
+
+    Pooling of what is no integer yet stays float: a picture is pooled faster so.
+    """
+    if node.op in target.pools:
+        maker = node.inputs[0].inputs[0] if node.inputs[0].inputs else None
+        return maker is not None and (maker.op not in target.pools or carries(maker, target))
+    return node.op in target.carriers or (node.op in target.forms and _has_form(node))
+
+
+def _has_form(node: Any) -> bool:
+    first, *others = node.inputs
+    if node.op == "Resize":
+        return doubles(node)
+    if node.op == "HardSigmoid":
+        return bool(node.attrs.get("alpha", 0.2) > 0.0 and 0.0 <= node.attrs.get("beta", 0.5) <= 1.0)
+    if node.op == "Sub":
+        return not isinstance(others[0], Constant) and (
+            not isinstance(first, Constant) or (first.values.size == 1 and float(first.values.ravel()[0]) > 0.0))
+    return True
+
+
+def doubles(node: Any) -> bool:
+    """True for a Resize of pictures to twice their height and width, linear between pixels' centres."""
+    x, y = node.inputs[0].shape, node.outputs[0].shape
+    if node.attrs.get("mode", "nearest") != "linear" or node.attrs.get("antialias", 0) \
+            or node.attrs.get("coordinate_transformation_mode", "half_pixel") not in ("half_pixel",
+                                                                                      "pytorch_half_pixel"):
+        return False
+    return x is not None and y is not None and len(x) == 4 and all(isinstance(d, int) for d in (*x, *y)) \
+        and list(y) == [x[0], x[1], 2 * x[2], 2 * x[3]]
+
+
 def float_source(value: Any) -> Any:
-    """The float value that a value of a quantized graph stands for: through the Q/DQ pairs before it."""
-    while value.inputs and value.inputs[0].op in ("QuantizeLinear", "DequantizeLinear"):
-        value = value.inputs[0].inputs[0]
+    """The float value that a value of a quantized graph stands for: through the Q/DQ pairs before it.
+
+    Integers that are read with another scale or zero point than they were written with stand for themselves.
+    """
+    while value.inputs:
+        node = value.inputs[0]
+        if node.op == "DequantizeLinear" and not (node.inputs[0].inputs and same_grid(node.inputs[0].inputs[0], node)):
+            break
+        if node.op not in ("QuantizeLinear", "DequantizeLinear"):
+            break
+        value = node.inputs[0]
     return value
+
+
+def same_grid(one: Any, other: Any) -> bool:
+    """True for two Q or DQ nodes with the same scale and zero point."""
+    return one.op in ("QuantizeLinear", "DequantizeLinear") and all(
+        a is b or (isinstance(a, Constant) and isinstance(b, Constant) and a.dtype == b.dtype
+                   and np.array_equal(np.asarray(a.values), np.asarray(b.values)))
+        for a, b in zip(one.inputs[1:], other.inputs[1:], strict=True))

@@ -251,6 +251,11 @@ class Shadow(nn.Module):
         quantize, limits = node, None
         if node.op == "DequantizeLinear":
             fused = _quantizer_of(node)
+            written = _written_by(node)
+            if written is not None:
+                quantizer = self._fake_quantize(*written.inputs[1:], None, None, call)
+                return _Step(node.name, node.op, (written.inputs[0].name,), outputs,
+                             self._read_as(quantizer, scale, zero))
             if fused is None:
                 return _Step(node.name, node.op, inputs[:1], outputs, self._dequantize(scale, zero, axis))
             quantize, limits = fused
@@ -280,6 +285,14 @@ class Shadow(nn.Module):
             return dequantize(steps, self.parameter(scale.name).clamp(min=SMALLEST_SCALE), shift, axis)
         return run
 
+    def _read_as(self, quantizer: FakeQuantize, scale: Any, zero: Any) -> Callable[[Tensor], Tensor]:
+        """Integers that are read with another scale and zero point than they were written with, differentiably."""
+        def run(x: Tensor) -> Tensor:
+            steps = quantizer(x) / grid_scale(quantizer.scale) + quantizer.grid_zero()
+            return dequantize(steps, self.parameter(scale.name).clamp(min=SMALLEST_SCALE),
+                              grid_zero(self.parameter(zero.name), self._zeros[zero.name][1]), None)
+        return run
+
 
 _LINEAR = ("QuantizeLinear", "DequantizeLinear")
 _GRIDS = ("int4", "uint4", "int8", "uint8")
@@ -305,6 +318,15 @@ def _quantizer_of(dequantize: Any) -> tuple[Any, tuple[int, int] | None] | None:
     if quantize.attrs.get("axis", 1) != dequantize.attrs.get("axis", 1) and quantize.inputs[1].values.size > 1:
         return None
     return quantize, limits
+
+
+def _written_by(dequantize: Any) -> Any:
+    """The QuantizeLinear of a whole tensor whose integers a DequantizeLinear reads in another way; None if none is."""
+    quantize = dequantize.inputs[0].inputs[0] if dequantize.inputs[0].inputs else None
+    if quantize is None or quantize.op != "QuantizeLinear" or _quantizer_of(dequantize) is not None \
+            or not all(len(n.inputs) == 3 and n.inputs[1].values.size == 1 for n in (quantize, dequantize)):
+        return None
+    return quantize
 
 
 def _tied_constants(graph: Graph) -> dict[str, str]:

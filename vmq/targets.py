@@ -27,16 +27,22 @@ class Target:
     Attributes:
         compute: multiply-add operators; their operands take the nominal bits.
         carriers: operators with uint8 kernels, every float operand and result quantized.
+        pools: carriers that stay float where they read the model's input.
+        forms: operators without an integer kernel that are written as some that have one (passes/integer_forms.py).
         movers: operators that hand on their input's integers unchanged, under the input's scale.
         absorbed: operators that vanish into the quantizer after them when they follow a compute node.
+        integer_layout: lay integers out as ONNX Runtime's CPU kernels are fast with them.
         containers: how 4-bit weights may be stored, the best first (passes/lower.py says what each is).
     """
 
     name: str
     compute: Mapping[str, Operands]
     carriers: frozenset[str]
+    pools: frozenset[str]
+    forms: frozenset[str]
     movers: frozenset[str]
     absorbed: frozenset[str]
+    integer_layout: bool
     containers: tuple[str, ...]
 
 
@@ -51,9 +57,12 @@ TARGETS: Mapping[str, Target] = MappingProxyType({t.name: t for t in (
     Target(
         name="cpu",
         compute=_LAYERS,
-        carriers=frozenset({"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu"}),
+        carriers=frozenset({"Add", "Mul", "Concat", "GlobalAveragePool", "Sigmoid", "LeakyRelu"}),
+        pools=frozenset({"AveragePool"}),
+        forms=frozenset({"HardSigmoid", "HardSwish", "Tanh", "Sub", "Resize"}),
         movers=frozenset({"Split", "Slice", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "MaxPool"}),
         absorbed=frozenset({"Relu"}),
+        integer_layout=True,
         containers=("int4cast", "int8", "int4"),
     ),
 )})

@@ -1,0 +1,132 @@
+"""Resize by 2 in integers. Along one axis every new value lies between two old ones, a quarter of the way:
+
+    y[2i] = 3/4 x[i] + 1/4 x[i-1]        y[2i+1] = 3/4 x[i] + 1/4 x[i+1]        x repeated beyond its ends
+
+and the sum of two tensors that are read with 3/4 and 1/4 of their scale is an integer Add: half a microsecond for
+a thousand values, where the runtime's Resize takes ten. It works on [N,H,W,C], as the convolutions around it do, so
+that rows and pixels are copied whole. Scales are short numbers: the sums are exact, and the same bits come out.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+
+from vmq.graph import Constant, Graph
+from vmq.pipeline import Context, Pass, PassResult
+
+LAST, FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
+"""Permutations that move channels last, and back."""
+
+
+class DoubleSizes(Pass):
+    """Write a Resize by 2 along one axis, between 8-bit quantizers, as two integer Adds."""
+
+    name: ClassVar[str] = "double_sizes"
+
+    def run(self, graph: Graph, context: Context) -> PassResult:
+        count = 0
+        for node in list(graph.nodes):
+            axis = _doubled_axis(node) if context.options.target.integer_layout else None
+            if axis is not None:
+                _double(graph, node, axis)
+                count += 1
+        if count:
+            graph.sort()
+            for node in [n for n in graph.nodes if n.op == "Concat" and n.attrs["axis"] == 1]:
+                _join_last(graph, node)
+            graph.sort()
+            _join_transposes(graph)
+        return PassResult(modified=count)
+
+
+def _doubled_axis(node: Any) -> int | None:
+    """2 or 3 where a node is a linear Resize by 2 along that axis of a picture, between uint8 quantizers."""
+    if node.op != "Resize" or node.attrs.get("mode") != "linear" or len(node.inputs) < 3 \
+            or not isinstance(node.inputs[2], Constant) \
+            or node.attrs.get("coordinate_transformation_mode", "half_pixel") != "half_pixel":
+        return None
+    read, readers = node.inputs[0].inputs, node.outputs[0].outputs
+    if not read or read[0].op != "DequantizeLinear" or np.dtype(read[0].inputs[2].dtype) != np.uint8 \
+            or len(readers) != 1 or readers[0].op != "QuantizeLinear":
+        return None
+    return {(1.0, 1.0, 2.0, 1.0): 2, (1.0, 1.0, 1.0, 2.0): 3}.get(tuple(np.asarray(node.inputs[2].values).tolist()))
+
+
+def _double(graph: Graph, node: Any, axis: int) -> None:
+    read, write = node.inputs[0].inputs[0], node.outputs[0].outputs[0]
+    _, channels, *sides = read.inputs[0].shape
+    count, place = read.inputs[0].shape[0], axis - 1
+    shape = [count, *sides, channels]
+    x = graph.add("Transpose", [read.inputs[0]], f"{node.name}_last", {"perm": LAST}, shape, np.uint8)
+    length = shape[place]
+
+    def cut(begin: int, end: int) -> Any:
+        places = [graph.constant("place", np.asarray([n], np.int64)) for n in (begin, end, place)]
+        part = [*shape[:place], end - begin, *shape[place + 1:]]
+        return graph.add("Slice", [x, *places], f"{node.name}_part", {}, part, np.uint8)
+
+    def between(neighbours: list[Any]) -> Any:
+        beside = graph.add("Concat", neighbours, f"{node.name}_beside", {"axis": place}, shape, np.uint8)
+        scale = np.asarray(read.inputs[1].values, np.float32)
+        terms = [graph.add("DequantizeLinear", [v, graph.constant("scale", scale * np.float32(part)), read.inputs[2]],
+                           f"{v.name}_dq", {}, shape) for v, part in ((x, 0.75), (beside, 0.25))]
+        total = graph.add("Add", terms, f"{node.name}_sum", {}, shape)
+        return graph.add("QuantizeLinear", [total, *write.inputs[1:]], f"{node.name}_q", {}, shape, np.uint8)
+
+    pair = [between([cut(0, 1), cut(0, length - 1)]), between([cut(1, length), cut(length - 1, length)])]
+    joined = [*shape[:place + 1], 2 * shape[place + 1], *shape[place + 2:]]
+    doubled = [*shape[:place], 2 * length, *shape[place + 1:]]
+    both = graph.add("Concat", pair, f"{node.name}_pair", {"axis": place + 1}, joined, np.uint8)
+    y = graph.add("Reshape", [both, graph.constant("shape", np.asarray(doubled, np.int64))], f"{node.name}_doubled", {},
+                  doubled, np.uint8)
+    result = graph.add("Transpose", [y], f"{node.name}_first", {"perm": FIRST}, node.outputs[0].shape, np.uint8)
+    graph.replace_uses(write.outputs[0], result)
+
+
+def _join_last(graph: Graph, node: Any) -> None:
+    """Join channels last where one part has them last already; parts that come from pictures are joined before."""
+    def is_last(value: Any) -> bool:
+        return bool(value.inputs) and value.inputs[0].op == "Transpose" and value.inputs[0].attrs["perm"] == FIRST
+
+    if not any(map(is_last, node.inputs)):
+        return
+    parts: list[Any] = []
+    plain = list[Any]()
+    for value in [*node.inputs, None]:
+        if value is not None and _is_plain(value):
+            plain.append(value)
+            continue
+        if plain:
+            shape = [*plain[0].shape[:1], sum(v.shape[1] for v in plain), *plain[0].shape[2:]]
+            parts.append(plain[0] if len(plain) == 1 else graph.add(
+                "Concat", plain, f"{node.name}_plain", {"axis": 1}, shape, np.uint8))
+            plain = []
+        if value is not None:
+            parts.append(value)
+    last = [graph.add("Transpose", [v], f"{node.name}_last", {"perm": LAST}, [v.shape[i] for i in LAST], np.uint8)
+            for v in parts]
+    y = node.outputs[0]
+    joined = graph.add("Concat", last, f"{node.name}_joined", {"axis": 3}, [y.shape[i] for i in LAST], np.uint8)
+    graph.replace_uses(y, graph.add("Transpose", [joined], f"{node.name}_first", {"perm": FIRST}, y.shape, np.uint8))
+
+
+def _is_plain(value: Any) -> bool:
+    """True for what is made of the model's inputs or constants without a layer between."""
+    while value.inputs:
+        node = value.inputs[0]
+        if node.op not in ("QuantizeLinear", "DequantizeLinear", "AveragePool", "Expand"):
+            return False
+        value = node.inputs[0]
+    return True
+
+
+def _join_transposes(graph: Graph) -> None:
+    """Drop pairs of Transposes that undo each other."""
+    for node in list(graph.nodes):
+        before = node.inputs[0].inputs[0] if node.op == "Transpose" and node.inputs[0].inputs else None
+        if before is not None and before.op == "Transpose" \
+                and [before.attrs["perm"][i] for i in node.attrs["perm"]] == sorted(node.attrs["perm"]):
+            graph.replace_uses(node.outputs[0], before.inputs[0])
+    graph.cleanup()

@@ -1,0 +1,187 @@
+"""Write what has no integer kernel as operators that have one, between the quantizers that stand around it.
+
+A DequantizeLinear may read integers with another scale and zero point than they were written with. That costs nothing
+at run time, and turns into integer kernels what would else run in float between a DQ and a Q:
+
+    hardsigmoid(x) = sat(a x + b)         Mul by a, written with scale 1/256 and zero point 256 b: uint8 saturates
+                                          where the function does; read with scale 1/255, so that its top is 1
+    hardswish(x)   = x * hardsigmoid(x)
+    tanh(x)        = 2 sigmoid(2x) - 1    Sigmoid of the same integers read with twice the scale; its result, written
+                                          with scale 1/256, is read with scale 1/128 and zero point 128
+    c - x          = c + (-x)             Mul by -1, exact in integers; c moves the zero point it is read with
+    a - b          = a + (-b)
+    resize by 2    one axis after the other, rounded between (passes/lower.py writes each as two integer Adds)
+
+These stand in the graph before anything is learned: what is learned is learned for what will run.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+
+from vmq.graph import Constant, Graph
+from vmq.layers import doubles
+from vmq.pipeline import Context, Pass, PassResult
+
+STEPS = 256
+"""Steps of a function whose values lie between 0 and 1."""
+
+
+class IntegerForms(Pass):
+    """Write hard activations, Tanh, Sub and Resize by 2 as operators with integer kernels."""
+
+    name: ClassVar[str] = "integer_forms"
+
+    def run(self, graph: Graph, context: Context) -> PassResult:
+        counts: dict[str, int] = {}
+        for node in list(graph.nodes):
+            form = _FORMS.get(node.op) if node.op in context.options.target.forms else None
+            if form is not None and form(graph, node):
+                counts[node.op] = counts.get(node.op, 0) + 1
+        if counts:
+            graph.cleanup()
+            graph.sort()
+        return PassResult(modified=sum(counts.values()), report=counts)
+
+
+def _hard_sigmoid(graph: Graph, node: Any) -> bool:
+    """y = sat(alpha x + beta)."""
+    read = _read(node.inputs[0])
+    slope, offset = node.attrs.get("alpha", 0.2), node.attrs.get("beta", 0.5)
+    if read is None or not 0.0 <= offset <= 1.0 or slope <= 0.0:
+        return False
+    _hand_on(graph, node, _gate(graph, node.inputs[0], slope, offset))
+    return True
+
+
+def _hard_swish(graph: Graph, node: Any) -> bool:
+    """y = x * sat(x / 6 + 1 / 2)."""
+    x = node.inputs[0]
+    if _read(x) is None:
+        return False
+    node.op, node.inputs = "Mul", [x, _gate(graph, x, 1.0 / 6.0, 0.5)]
+    return True
+
+
+def _gate(graph: Graph, x: Any, slope: float, offset: float) -> Any:
+    product = graph.add("Mul", [x, _number(graph, slope)], f"{x.name}_slope", shape=x.shape)
+    written = _quantize(graph, product, 1.0 / STEPS, min(255, round(STEPS * offset)))
+    return _dequantize(graph, written, 1.0 / (STEPS - 1), 0)
+
+
+def _tanh(graph: Graph, node: Any) -> bool:
+    """y = 2 sigmoid(2 x) - 1."""
+    read = _read(node.inputs[0])
+    if read is None:
+        return False
+    twice = _dequantize(graph, read.inputs[0], 2.0 * _scale(read), _zero(read))
+    result = graph.add("Sigmoid", [twice], f"{twice.name}_sigmoid", shape=twice.shape)
+    _hand_on(graph, node, _dequantize(graph, _quantize(graph, result, 1.0 / STEPS, 0), 2.0 / STEPS, STEPS // 2))
+    return True
+
+
+def _sub(graph: Graph, node: Any) -> bool:
+    """y = c - x with c one number, or y = a - b."""
+    first, second = node.inputs
+    read = _read(second)
+    if read is None:
+        return False
+    constant = _one_number(first)
+    if constant is None and _read(first) is None:
+        return False
+    if constant is not None:
+        # the integer 255 - q, which -x is written as, is c - x if it is read with zero point 255 - zero - c / scale
+        scale, zero = _scale(read), _zero(read)
+        count = min(np.floor(constant / scale * (1.0 + 1e-6)), 255 - zero)
+        if constant <= 0.0 or count < 1:
+            return False
+        if count != constant / scale:
+            read.inputs[1].values = np.asarray(constant / count, np.float32)
+    scale, zero = _scale(read), _zero(read)
+    opposite = graph.add("Mul", [second, _number(graph, -1.0)], f"{second.name}_opposite", shape=second.shape)
+    written = _quantize(graph, opposite, scale, 255 - zero)
+    if constant is None:
+        node.op, node.inputs = "Add", [first, _dequantize(graph, written, scale, 255 - zero)]
+    else:
+        _hand_on(graph, node, _dequantize(graph, written, scale, 255 - zero - round(constant / scale)))
+    return True
+
+
+def _resize(graph: Graph, node: Any) -> bool:
+    """One axis after the other, rounded between on the grid of what comes in."""
+    x, y = node.inputs[0], node.outputs[0]
+    read = _read(x)
+    if read is None or not doubles(node):
+        return False
+    shape = list(x.shape)
+    high = [*shape[:2], 2 * shape[2], shape[3]]
+
+    def factors(*values: float) -> list[Any]:
+        return [Constant("", np.zeros(0, np.float32)), graph.constant("factors", np.asarray(values, np.float32))]
+
+    rows = graph.add("Resize", [x, *factors(1.0, 1.0, 2.0, 1.0)], f"{y.name}_rows", node.attrs, high)
+    between = _dequantize(graph, _quantize(graph, rows, _scale(read), _zero(read)), _scale(read), _zero(read))
+    node.inputs = [between, *factors(1.0, 1.0, 1.0, 2.0)]
+    return True
+
+
+_FORMS = {"HardSigmoid": _hard_sigmoid, "HardSwish": _hard_swish, "Tanh": _tanh, "Sub": _sub, "Resize": _resize}
+
+
+def _read(value: Any) -> Any:
+    """The DequantizeLinear of uint8 that gives a value, if it is one."""
+    node = value.inputs[0] if value.inputs else None
+    if node is None or node.op != "DequantizeLinear" or np.dtype(node.inputs[2].dtype) != np.uint8 \
+            or node.inputs[1].values.size > 1:
+        return None
+    return node
+
+
+def _hand_on(graph: Graph, node: Any, result: Any) -> None:
+    """Let a dequantized value stand for a node's result, without the 8-bit quantizers that follow it."""
+    y = node.outputs[0]
+    graph.remove(node)
+    for quantize in [r for r in y.outputs if r.op == "QuantizeLinear" and np.dtype(r.inputs[2].dtype) == np.uint8]:
+        for dequantize in list(quantize.outputs[0].outputs):
+            graph.replace_uses(dequantize.outputs[0], y)
+    maker = result.inputs[0]                   # the result takes y's name: it stands for the same float value
+    maker.outputs[0] = y
+    y.shape = y.shape or result.shape
+
+
+def _quantize(graph: Graph, value: Any, scale: float, zero: int) -> Any:
+    return graph.add("QuantizeLinear", [value, *_parameters(graph, scale, zero)], f"{value.name}_q", {}, value.shape,
+                     np.uint8)
+
+
+def _dequantize(graph: Graph, integers: Any, scale: float, zero: int) -> Any:
+    return graph.add("DequantizeLinear", [integers, *_parameters(graph, scale, zero)], f"{integers.name}_dq", {},
+                     integers.shape)
+
+
+def _parameters(graph: Graph, scale: float, zero: int) -> list[Any]:
+    return [graph.constant("scale", np.asarray(scale, np.float32)), graph.constant("zero", np.asarray(zero, np.uint8))]
+
+
+def _number(graph: Graph, number: float) -> Any:
+    """A quantized constant of one element, exact."""
+    zero = 0 if number > 0.0 else 1            # -1 is the integer 0 under zero point 1
+    scale = number / 255.0 if number > 0.0 else -number
+    value = graph.constant("number", np.asarray(number, np.float32))
+    return _dequantize(graph, _quantize(graph, value, scale, zero), scale, zero)
+
+
+def _one_number(value: Any) -> float | None:
+    return float(np.asarray(value.values).ravel()[0]) if isinstance(value, Constant) and value.values.size == 1 \
+        else _one_number(value.inputs[0].inputs[0]) if value.inputs and value.inputs[0].op in (
+            "QuantizeLinear", "DequantizeLinear") else None
+
+
+def _scale(read: Any) -> float:
+    return float(np.asarray(read.inputs[1].values).ravel()[0])
+
+
+def _zero(read: Any) -> int:
+    return int(np.asarray(read.inputs[2].values).ravel()[0])
