@@ -2,7 +2,7 @@
 
 ONNX Runtime's integer convolutions take four input channels at a time, its depthwise ones sixteen; with 35 instead of
 36, RVM's most expensive one is about five times slower, and a depthwise one of 72 takes twice the time of one of 80.
-All four of RVM's decoder concats end in the 3-channel image and are one channel short. A channel of zeros under
+The picture and all four of RVM's decoder concats, which end in it, are one channel short. A channel of zeros under
 weights of zero changes no value. In front of a concat it is written as an Expand of one number, which the runtime
 computes once at load; around depthwise convolutions it is rows of zeros in the weights that make the channels and
 columns of zeros in those that read them, with everything between as it was.
@@ -27,18 +27,30 @@ CHANNELWISE = frozenset({"Relu", "LeakyRelu", "HardSwish", "HardSigmoid", "Sigmo
 
 
 class AlignChannels(Pass):
-    """Add channels of zeros: to a multiple of four behind concats, of sixteen around depthwise convolutions."""
+    """Add channels of zeros: to a multiple of four for pictures and concats, of sixteen around depthwise layers."""
 
     name: ClassVar[str] = "align_channels"
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         if not context.options.target.integer_layout:
             return PassResult()
+        for node in list(graph.nodes):
+            if node.op == "Conv" and _takes_channels(node, node.inputs[0]):
+                _join_nothing(graph, node.inputs[0])
         concats = sum(_widen_concat(graph, n) for n in list(graph.nodes) if n.op == "Concat")
         groups = sum(_widen_depthwise(graph, n) for n in list(graph.nodes) if _is_depthwise(n))
         if concats + groups:
             graph.sort()
         return PassResult(modified=concats + groups, report={"concats": concats, "depthwise": groups})
+
+
+def _join_nothing(graph: Graph, value: Any) -> None:
+    """Put a Concat of nothing else behind a picture of few channels that convolutions read."""
+    shape = list(value.shape or [])
+    if len(shape) == 4 and all(isinstance(d, int) for d in shape) and shape[1] < MULTIPLE and shape[2] * shape[3] > 1 \
+            and not (value.inputs and value.inputs[0].op == "Concat"):
+        readers = [r for r in value.outputs if _takes_channels(r, value)]
+        graph.replace_uses(value, graph.add("Concat", [value], f"{value.name}_aligned", {"axis": 1}, shape), readers)
 
 
 def _widen_concat(graph: Graph, concat: Any) -> bool:

@@ -5,6 +5,8 @@
 and the sum of two tensors that are read with 3/4 and 1/4 of their scale is an integer Add: half a microsecond for
 a thousand values, where the runtime's Resize takes ten. It works on [N,H,W,C], as the convolutions around it do, so
 that rows and pixels are copied whole. Scales are short numbers: the sums are exact, and the same bits come out.
+
+Where pictures in float are halved by AveragePool, a linear Resize by 1/2 computes the same in half the time.
 """
 
 from __future__ import annotations
@@ -21,24 +23,29 @@ LAST, FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
 
 
 class DoubleSizes(Pass):
-    """Write a Resize by 2 along one axis, between 8-bit quantizers, as two integer Adds."""
+    """Write a Resize by 2 between 8-bit quantizers as integer Adds, and AveragePool by 2 in float as Resize."""
 
     name: ClassVar[str] = "double_sizes"
 
     def run(self, graph: Graph, context: Context) -> PassResult:
-        count = 0
-        for node in list(graph.nodes):
-            axis = _doubled_axis(node) if context.options.target.integer_layout else None
+        doubled = halved = 0
+        for node in list(graph.nodes) if context.options.target.integer_layout else ():
+            axis = _doubled_axis(node)
             if axis is not None:
                 _double(graph, node, axis)
-                count += 1
-        if count:
+                doubled += 1
+            elif _halves(node):
+                factors = graph.constant("factors", np.asarray([1.0, 1.0, 0.5, 0.5], np.float32))
+                node.op, node.attrs = "Resize", {"mode": "linear"}
+                node.inputs = [node.inputs[0], Constant("", np.zeros(0, np.float32)), factors]
+                halved += 1
+        if doubled:
             graph.sort()
             for node in [n for n in graph.nodes if n.op == "Concat" and n.attrs["axis"] == 1]:
                 _join_last(graph, node)
             graph.sort()
             _join_transposes(graph)
-        return PassResult(modified=count)
+        return PassResult(modified=doubled + halved, report={"doubled": doubled, "halved": halved})
 
 
 def _doubled_axis(node: Any) -> int | None:
@@ -52,6 +59,15 @@ def _doubled_axis(node: Any) -> int | None:
             or len(readers) != 1 or readers[0].op != "QuantizeLinear":
         return None
     return {(1.0, 1.0, 2.0, 1.0): 2, (1.0, 1.0, 1.0, 2.0): 3}.get(tuple(np.asarray(node.inputs[2].values).tolist()))
+
+
+def _halves(node: Any) -> bool:
+    """True for an AveragePool that halves a picture in float, of even height and width."""
+    shape, attrs = node.inputs[0].shape, node.attrs
+    return node.op == "AveragePool" and attrs.get("kernel_shape") == attrs.get("strides") == [2, 2] \
+        and not any(attrs.get("pads", [])) and attrs.get("auto_pad", "NOTSET") == "NOTSET" \
+        and all(d == 1 for d in attrs.get("dilations", [])) and len(shape) == 4 and not any(d % 2 for d in shape[2:]) \
+        and not (node.inputs[0].inputs and node.inputs[0].inputs[0].op == "DequantizeLinear")
 
 
 def _double(graph: Graph, node: Any, axis: int) -> None:

@@ -110,20 +110,20 @@ def _sub(graph: Graph, node: Any) -> bool:
 
 
 def _resize(graph: Graph, node: Any) -> bool:
-    """One axis after the other, rounded between on the grid of what comes in."""
+    """Columns, then rows, rounded between on the grid of what comes in."""
     x, y = node.inputs[0], node.outputs[0]
     read = _read(x)
     if read is None or not doubles(node):
         return False
     shape = list(x.shape)
-    high = [*shape[:2], 2 * shape[2], shape[3]]
+    wide = [*shape[:3], 2 * shape[3]]
 
     def factors(*values: float) -> list[Any]:
         return [Constant("", np.zeros(0, np.float32)), graph.constant("factors", np.asarray(values, np.float32))]
 
-    rows = graph.add("Resize", [x, *factors(1.0, 1.0, 2.0, 1.0)], f"{y.name}_rows", node.attrs, high)
-    between = _dequantize(graph, _quantize(graph, rows, _scale(read), _zero(read)), _scale(read), _zero(read))
-    node.inputs = [between, *factors(1.0, 1.0, 1.0, 2.0)]
+    columns = graph.add("Resize", [x, *factors(1.0, 1.0, 1.0, 2.0)], f"{y.name}_columns", node.attrs, wide)
+    between = _dequantize(graph, _quantize(graph, columns, _scale(read), _zero(read)), _scale(read), _zero(read))
+    node.inputs = [between, *factors(1.0, 1.0, 2.0, 1.0)]
     return True
 
 
@@ -146,8 +146,8 @@ def _hand_on(graph: Graph, node: Any, result: Any) -> None:
     for quantize in [r for r in y.outputs if r.op == "QuantizeLinear" and np.dtype(r.inputs[2].dtype) == np.uint8]:
         for dequantize in list(quantize.outputs[0].outputs):
             graph.replace_uses(dequantize.outputs[0], y)
-    maker = result.inputs[0]                   # the result takes y's name: it stands for the same float value
-    maker.outputs[0] = y
+    maker = result.inputs[0]                   # it takes over y and the node's name: it stands for the same
+    maker.outputs[0], maker.name = y, node.name
     y.shape = y.shape or result.shape
 
 
