@@ -123,9 +123,13 @@ def _observe(reference: Graph, names: list[str], context: Context, samples: int)
 
 
 def _apart(nodes: list[Any]) -> list[Any]:
-    """Of quantizers that share a scale those that see all of its values: what is joined or moved is seen before."""
-    joined = [n for n in nodes if n.inputs[0].inputs and n.inputs[0].inputs[0].op == "Concat"]
-    return joined or nodes[:1]
+    """Of quantizers that share a scale those that see all of its values.
+
+    Those are the ones behind a Concat, or all in front of one, or the one in front of what only moves values.
+    """
+    behind = [n for n in nodes if n.inputs[0].inputs and n.inputs[0].inputs[0].op == "Concat"]
+    before = [n for n in nodes if any(r.op == "Concat" for q in n.outputs[0].outputs for r in q.outputs[0].outputs)]
+    return behind or before or nodes[:1]
 
 
 def _short(scale: NDArray[Any]) -> NDArray[np.float32]:
