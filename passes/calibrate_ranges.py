@@ -62,7 +62,7 @@ class CalibrateRanges(Pass):
                 zero = np.zeros(scale.shape, np.int32)
             else:
                 seen = [_Seen.of_constant(s) if isinstance(s, Constant) else observed[called[k]] for k, s in {
-                    id(n): sources[id(n)] for n in _apart(nodes)}.items()]
+                    id(n): sources[id(n)] for n in nodes}.items()]
                 scale, zero = search_range(np.concatenate([s.samples for s in seen]), min(s.low for s in seen),
                                            max(s.high for s in seen), spec, norm=recipe.range_norm,
                                            steps=recipe.range_steps, through=_reader(node))
@@ -120,16 +120,6 @@ def _observe(reference: Graph, names: list[str], context: Context, samples: int)
             done += 1
             context.progress("running the calibration clips", done / total)
     return seen
-
-
-def _apart(nodes: list[Any]) -> list[Any]:
-    """Of quantizers that share a scale those that see all of its values.
-
-    Those are the ones behind a Concat, or all in front of one, or the one in front of what only moves values.
-    """
-    behind = [n for n in nodes if n.inputs[0].inputs and n.inputs[0].inputs[0].op == "Concat"]
-    before = [n for n in nodes if any(r.op == "Concat" for q in n.outputs[0].outputs for r in q.outputs[0].outputs)]
-    return behind or before or nodes[:1]
 
 
 def _short(scale: NDArray[Any]) -> NDArray[np.float32]:
