@@ -97,8 +97,12 @@ def _double(graph: Graph, node: Any, axis: int) -> None:
     both = graph.add("Concat", pair, f"{node.name}_pair", {"axis": place + 1}, joined, np.uint8)
     y = graph.add("Reshape", [both, graph.constant("shape", np.asarray(doubled, np.int64))], f"{node.name}_doubled", {},
                   doubled, np.uint8)
+    written = write.outputs[0]
+    if [r.op for r in written.outputs] == ["Clip"]:
+        limits, written = written.outputs[0].inputs[1:], written.outputs[0].outputs[0]
+        y = graph.add("Clip", [y, *limits], f"{node.name}_clip", {}, doubled, np.uint8)
     result = graph.add("Transpose", [y], f"{node.name}_first", {"perm": FIRST}, node.outputs[0].shape, np.uint8)
-    graph.replace_uses(write.outputs[0], result)
+    graph.replace_uses(written, result)
 
 
 def _join_last(graph: Graph, node: Any) -> None:

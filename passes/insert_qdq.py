@@ -3,7 +3,7 @@
 For each value that is computed, what its readers want decides:
 
     multiply-add (Conv, MatMul, Gemm)   its operand at the layer's activation bits
-    carrier (Add, Mul, Concat, ...)     8 bits: no narrower integer kernel exists
+    carrier (Add, Mul, Concat, ...)     8 bits: no narrower integer kernel exists; what a Concat joins has its grid
     mover (Split, Reshape, ...)         what its own readers want, under the same scale: nothing is rounded twice
     anything else                       float
 
@@ -125,6 +125,8 @@ class _Placement:
             return {self.bits[reader.name].activations} if any(reader.inputs[i] is value for i in operands) else set()
         if reader.name in self.float_nodes:
             return set()
+        if reader.op == "Concat" and self._carries(reader) and self._moves_to(self._joins(value), value):
+            return {self._join_bits(reader)}
         if self._carries(reader):
             return {CARRIER_BITS}
         if reader.op in self.target.movers and reader.inputs[0] is value:
@@ -155,7 +157,7 @@ class _Placement:
         joins = self._joins(value)
         if joins and not made_in_integers and len(joins) < len(readers) and value.name not in self.states:
             for join in joins:                              # a float value is rounded to the grid of what it joins
-                self._replace(value, self._pair(value, CARRIER_BITS, self._shared([join])), [join])
+                self._replace(value, self._pair(value, self._join_bits(join), self._shared([join])), [join])
             readers = [r for r in readers if r not in joins]
         by_reader = {id(r): self._wanted_by(r, value) for r in readers}
         wants = set().union(*by_reader.values())
@@ -183,8 +185,20 @@ class _Placement:
         if value.inputs and value.inputs[0].op == "Concat":
             return self._shared(value.inputs[:1])
         joins = self._joins(value)
-        alone = len(joins) == len(value.outputs) and not any(o is value for o in self.graph.outputs)
-        return self._shared(joins) if joins and alone else None
+        return self._shared(joins) if self._moves_to(joins, value) else None
+
+    def _moves_to(self, joins: list[Any], value: Any) -> bool:
+        """True for a value that takes over the grid of the Concats that read it: nothing else does."""
+        return bool(joins) and len(joins) == len(value.outputs) and not any(o is value for o in self.graph.outputs) \
+            and len({self._join_bits(j) for j in joins}) == 1
+
+    def _join_bits(self, join: Any) -> int:
+        """The width of what a Concat joins: that which all its readers want of it, or that of carriers."""
+        value = join.outputs[0]
+        wanted = [self._wanted_by(r, value) for r in value.outputs]
+        narrow = all(wanted) and not any(o is value for o in self.graph.outputs)
+        widths = set().union(*wanted) if narrow else set()
+        return widths.pop() if len(widths) == 1 else CARRIER_BITS
 
     def _joins(self, value: Any) -> list[Any]:
         """The Concats that read a value, as carriers."""
@@ -193,7 +207,7 @@ class _Placement:
     def _shared(self, joins: list[Any]) -> tuple[Any, Any]:
         """The scale and zero point that the operands of some Concats share with what they make."""
         shared = next((self.joined[j.name] for j in joins if j.name in self.joined), None) \
-            or self._constants(CARRIER_BITS)
+            or self._constants(self._join_bits(joins[0]))
         self.joined.update((j.name, shared) for j in joins)
         return shared
 

@@ -3,7 +3,8 @@
     DQ -> Split -> Q -> DQ  =  Split -> DQ        the same scale and zero point throughout
     DQ, DQ -> Concat -> Q   =  Concat             where the joined share one grid
 
-No value changes, nothing is rounded to where it already lies, and the runtime has fewer nodes to fuse.
+No value changes, nothing is rounded to where it already lies, and the runtime has fewer nodes to fuse. What does go
+from one grid to another is multiplied by 1 on the way: an integer kernel, where a bare DQ and Q run in float.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class MoveIntegers(Pass):
         target = context.options.target
         if not target.integer_layout:
             return PassResult()
-        moved = dropped = 0
+        moved = dropped = multiplied = 0
         for node in list(graph.nodes):
             if node.op in target.movers:
                 moved += _move(graph, node, node.inputs[:1])
@@ -34,11 +35,13 @@ class MoveIntegers(Pass):
                 moved += _move(graph, node, node.inputs)
             elif node.op == "QuantizeLinear":
                 dropped += _requantizes_nothing(graph, node)
+                multiplied += _multiply_by_1(graph, node)
             elif node.op == "Clip":
                 dropped += _clips_nothing(graph, node, target.movers)
         graph.cleanup()
         graph.sort()
-        return PassResult(modified=moved + dropped, report={"moved": moved, "dropped": dropped})
+        return PassResult(modified=moved + dropped + multiplied,
+                          report={"moved": moved, "dropped": dropped, "multiplied by 1": multiplied})
 
 
 def _move(graph: Graph, node: Any, values: list[Any]) -> bool:
@@ -64,6 +67,21 @@ def _requantizes_nothing(graph: Graph, node: Any) -> bool:
     if read is None or read.op != "DequantizeLinear" or not same_grid(read, node):
         return False
     graph.replace_uses(node.outputs[0], read.inputs[0])
+    return True
+
+
+def _multiply_by_1(graph: Graph, node: Any) -> bool:
+    """Put a Mul by 1 between the DequantizeLinear of one grid of uint8 and the quantizer of another."""
+    read = node.inputs[0].inputs[0] if node.inputs[0].inputs else None
+    if read is None or read.op != "DequantizeLinear" or not read.inputs[0].inputs or same_grid(read, node) or not all(
+            len(n.inputs) == 3 and n.inputs[1].values.size == 1 and n.inputs[2].dtype == np.uint8
+            for n in (read, node)):
+        return False
+    one = graph.add("DequantizeLinear", [graph.constant("one", np.asarray([255], np.uint8)),
+                                         graph.constant("scale", np.asarray(1.0 / 255.0, np.float32)),
+                                         graph.constant("zero", np.asarray(0, np.uint8))], "one_dq", {}, [1])
+    value = node.inputs[0]
+    node.inputs[0] = graph.add("Mul", [value, one], f"{value.name}_once", {}, value.shape)
     return True
 
 
