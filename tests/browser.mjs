@@ -7,7 +7,7 @@ import { createRequire } from "node:module";
 const [playwright, executablePath, url, folder, camera, job, ...rest] = process.argv.slice(2);
 const { chromium } = createRequire(`${playwright}/`)("playwright-core");
 const context = await chromium.launchPersistentContext(folder, {
-    executablePath, headless: true, viewport: { width: 960, height: 900 }, permissions: ["camera"],
+    executablePath, headless: true, viewport: { width: 720, height: 840 }, permissions: ["camera"],
     args: ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
         "--disable-component-update", "--disable-sync", "--use-fake-device-for-media-stream",
         "--use-fake-ui-for-media-stream", `--use-file-for-fake-video-capture=${camera}`],

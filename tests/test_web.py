@@ -57,7 +57,7 @@ def test_camera_by_keyboard_and_then_offline(browser: Browser, tmp_path: Path) -
     assert found["complaints"] == []
     assert found["foreign"] == []
     picture = cv2.imread(str(tmp_path / "page.png"))
-    assert picture.shape == (900, 960, 3)
+    assert picture.shape == (840, 720, 3)
     browser.server.shutdown()
     browser.server.server_close()
     later = browser("offline")
