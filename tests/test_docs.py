@@ -51,7 +51,7 @@ NOT_RUN = {
     r"ffmpeg ": "a program of its own; the examples are tested on the frames that it would write",
     r"(pip|python3? -m pip) install ": "needs the network; tools/environment installs in every CI run",
     r"(sudo )?apt(-get)? install ": "needs the network and root",
-    r"adb ": "needs a phone",
+    r"(python3 -m venv|\.) \.venv": "as tools/environment does in every CI run",
 }
 """Commands by how they begin, as a regular expression: the test that runs them, or why none does."""
 
