@@ -237,9 +237,11 @@ def _parser() -> argparse.ArgumentParser:
     _ratio(compile_)
     add("--effort", default="standard", metavar="fast|standard|thorough",
         help="how long it may take: minutes, tens of minutes (default), days")
-    add("--target", default="cpu", help="where the model will run: cpu (default)")
-    add("--container", default="int4cast", metavar="int4cast|int8|int4",
-        help="how 4-bit weights are stored: int4cast (default), int8 for older runtimes, int4 the textbook form")
+    add("--target", default="cpu", metavar="cpu|qnn|openvino",
+        help="where the model will run: cpu (default; x86 and Arm), qnn (Qualcomm's HTP), openvino")
+    add("--container", default="", metavar="int4cast|int8|int4",
+        help="how 4-bit weights are stored: int4cast (default for cpu), int8 for older runtimes, int4 the textbook "
+             "form (default for qnn)")
     add("--keep", action="append", default=[], type=_keep, metavar="WHAT=BITS",
         help="width of first, last, depthwise, pooled or recurrent layers, or of a node by its name; repeatable")
     add("--pair", action="append", default=[], type=_pair, metavar="IN=OUT",

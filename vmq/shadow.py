@@ -283,7 +283,7 @@ class Shadow(nn.Module):
 
 
 _LINEAR = ("QuantizeLinear", "DequantizeLinear")
-_GRIDS = ("int4", "uint4", "int8", "uint8")
+_GRIDS = ("int4", "uint4", "int8", "uint8", "uint16")
 
 
 def _tied_constants(graph: Graph) -> dict[str, str]:

@@ -29,6 +29,10 @@ class Target:
         carriers: operators with uint8 kernels, every float operand and result quantized.
         movers: operators that hand on their input's integers unchanged, under the input's scale.
         absorbed: operators that vanish into the quantizer after them when they follow a compute node.
+        wide: bits of what 8 are too few for, which is what follows the last layer and averages whose difference is
+            taken; None: it stays float.
+        saturates: what keeps a 4-bit activation within its 16 levels: "uint8", a Clip of the integers, or "float", a
+            Clip of the float value between two Q/DQ pairs.
         containers: how 4-bit weights may be stored, the best first (passes/lower.py says what each is).
     """
 
@@ -38,6 +42,8 @@ class Target:
     movers: frozenset[str]
     absorbed: frozenset[str]
     containers: tuple[str, ...]
+    saturates: str = "uint8"
+    wide: int | None = None
 
 
 _LAYERS: Mapping[str, Operands] = MappingProxyType({
@@ -55,6 +61,28 @@ TARGETS: Mapping[str, Target] = MappingProxyType({t.name: t for t in (
         movers=frozenset({"Split", "Slice", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "MaxPool"}),
         absorbed=frozenset({"Relu"}),
         containers=("int4cast", "int8", "int4"),
+    ),
+    # What the HTP backend of the QNN execution provider (2.7) takes; tools/check_qnn is the judge. Nothing stays float.
+    Target(
+        name="qnn",
+        compute=_LAYERS,
+        carriers=frozenset({
+            "Add", "Sub", "Mul", "Div", "Concat", "AveragePool", "GlobalAveragePool", "ReduceMean", "Resize", "Sigmoid",
+            "HardSigmoid", "HardSwish", "Tanh", "LeakyRelu", "Clip"}),
+        movers=frozenset({"Split", "Slice", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "MaxPool"}),
+        absorbed=frozenset({"Relu"}),
+        wide=16,
+        saturates="float",
+        containers=("int4", "int4cast", "int8"),
+    ),
+    # OpenVINO's CPU plugin: a function behind a layer works on its sums, before they are rounded.
+    Target(
+        name="openvino",
+        compute=_LAYERS,
+        carriers=frozenset({"Add", "Sub", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Resize", "LeakyRelu"}),
+        movers=frozenset({"Split", "Slice", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "MaxPool"}),
+        absorbed=frozenset({"Relu", "HardSwish", "HardSigmoid", "Sigmoid", "Tanh", "Clip"}),
+        containers=("int4cast", "int8"),
     ),
 )})
 """What `--target` names."""
