@@ -3,14 +3,15 @@
 For each value that is computed, what its readers want decides:
 
     multiply-add (Conv, MatMul, Gemm)   its operand at the layer's activation bits
-    carrier (Add, Mul, Concat, ...)     8 bits: no narrower integer kernel exists; what a Concat joins has its grid
+    carrier (Add, Mul, Concat, ...)     8 bits: no narrower integer kernel exists; 16 where 8 are too few
     mover (Split, Reshape, ...)         what its own readers want, under the same scale: nothing is rounded twice
     anything else                       float
 
-A value wanted at 8 and at 4 bits is quantized to 8 first and from there to 4, so that the integer kernel that
-makes it has one quantizer to fuse with. A layer followed by Relu is quantized after the Relu. What comes after
-the last layer stays float (the network's output is not quantized), and so do products and averages whose
-difference is taken: a variance as E[xy] - E[x]E[y] does not survive the rounding of its terms.
+A value wanted at several widths is quantized to that of its maker, or else the widest, and from there to the
+others, so that the integer kernel that makes it has one quantizer to fuse with. A layer followed by Relu is
+quantized after the Relu. For what comes after the last layer 8 bits are too few, and for products and averages
+whose difference is taken: a variance as E[xy] - E[x]E[y] does not survive the rounding of its terms. These stay
+float, or take the target's wide integers.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ KEPT_BY_DEFAULT = {"first": 8, "last": 8}
 
 SPECTRAL = frozenset({"Mul", "Add", "Sub", "Div", "AveragePool", "GlobalAveragePool", "ReduceMean"})
 """Operators through which a difference of two activations keeps its operands in float."""
+
+FIRST_ONLY = frozenset({"Clip", "ReduceMean", "Resize"})
+"""Operators of which only the first input is an activation."""
 
 
 class InsertQdq(Pass):
@@ -62,9 +66,10 @@ class _Placement:
         self.graph, self.options, self.target = graph, options, options.target
         self.states, state_outputs = {s.input for s in states}, {s.output for s in states}
         self.kinds = kinds_of(graph, self.target, state_outputs, recurrent)
-        self.float_nodes = tail_nodes(graph, self.target, state_outputs) | _differences(graph)
+        fine = tail_nodes(graph, self.target, state_outputs) | _differences(graph)
+        self.wide_nodes, self.float_nodes = (fine, set[str]()) if self.target.wide else (set[str](), fine)
         for node in compute_nodes(graph, self.target):
-            if node.outputs[0].outputs and all(r.name in self.float_nodes for r in node.outputs[0].outputs):
+            if node.outputs[0].outputs and all(r.name in fine for r in node.outputs[0].outputs):
                 self.kinds[node.name].add("last")          # what it gives is not quantized: a refiner's input, too
         self.bits = {name: self._bits_of(name, kinds) for name, kinds in self.kinds.items()
                      if name not in self.float_nodes}
@@ -91,10 +96,10 @@ class _Placement:
             if node.name in self.bits:
                 self._weight(node)
         for node in list(self.graph.nodes):
-            if node.op != "Sub" and self._carries(node):
-                for index, value in enumerate(node.inputs):
+            if self._carries(node) and not (node.op == "Sub" and node.op in self.target.forms):
+                for index, value in enumerate(node.inputs[:1] if node.op in FIRST_ONLY else node.inputs):
                     if isinstance(value, Constant) and self._is_float(value):
-                        node.inputs[index] = self._pair(value, CARRIER_BITS)
+                        node.inputs[index] = self._pair(value, self._width(node))
         self.graph.sort()
 
     def wider(self) -> dict[str, str]:
@@ -103,9 +108,13 @@ class _Placement:
         wide = {name: str(bits) for name, bits in self.bits.items() if bits != nominal}
         if nominal.activations < CARRIER_BITS:
             wide["tensors between elementwise operators"] = "uint8"
+        if self.wide_nodes:
+            wide["tensors after the last layer, and of differences of averages"] = f"uint{self.target.wide}"
         return wide | dict.fromkeys(sorted(self.float_nodes & set(self.kinds)), "float32")
 
     def _bits_of(self, name: str, kinds: set[str]) -> Bits:
+        if self.target.wide and ("last" in kinds or name in self.wide_nodes):
+            return Bits(self.options.keep.get(name, self.options.keep.get("last", CARRIER_BITS)), self.target.wide)
         keep = {**KEPT_BY_DEFAULT, **self.options.keep}
         named = [keep[k] for k in (*sorted(kinds), name) if k in keep]
         if not named:
@@ -127,11 +136,20 @@ class _Placement:
             return set()
         if reader.op == "Concat" and self._carries(reader) and self._moves_to(self._joins(value), value):
             return {self._join_bits(reader)}
-        if self._carries(reader):
-            return {CARRIER_BITS}
+        if (self._carries(reader) and not (reader.op in FIRST_ONLY and reader.inputs[0] is not value)) \
+                or (reader.op in self.target.absorbed and reader.name in self.wide_nodes):
+            return {self._width(reader)}
         if reader.op in self.target.movers and reader.inputs[0] is value:
             return {width for result in reader.outputs for width in self._wants(result)}
         return set()
+
+    def _width(self, node: Any) -> int:
+        """Bits of what an integer kernel gives, and of what one that is no multiply-add reads."""
+        if node.op in self.target.absorbed and node.inputs[0].inputs:
+            node = node.inputs[0].inputs[0]
+        fine = node.name in self.wide_nodes or (node.name in self.bits
+                                                and self.bits[node.name].activations == self.target.wide)
+        return self.target.wide if self.target.wide and fine else CARRIER_BITS
 
     def _integer_source(self, value: Any) -> bool:
         """True when an integer kernel produces this value, perhaps with an absorbed activation behind it."""
@@ -140,7 +158,8 @@ class _Placement:
         node = value.inputs[0]
         if node.op in self.target.absorbed:
             before = node.inputs[0].inputs
-            return bool(before) and before[0].name in self.bits and len(node.inputs[0].outputs) == 1
+            return node.name in self.wide_nodes or (
+                bool(before) and before[0].name in self.bits and len(node.inputs[0].outputs) == 1)
         return node.name in self.bits or self._carries(node)
 
     def _carries(self, node: Any) -> bool:
@@ -161,17 +180,27 @@ class _Placement:
             readers = [r for r in readers if r not in joins]
         by_reader = {id(r): self._wanted_by(r, value) for r in readers}
         wants = set().union(*by_reader.values())
-        is_output = any(o is value for o in self.graph.outputs)
+        is_output, tied = any(o is value for o in self.graph.outputs), self._tied_to(value)
         only_output = (readers or is_output) and all(r.name in self.float_nodes for r in readers)
-        if not wants and (not made_in_integers or only_output):
+        if self.target.wide and is_output and tied is not None:
+            wants.add(QuantSpec.of(tied[1].dtype).bits)
+        elif not wants and (not made_in_integers or (only_output and not self.target.wide)):
             return
-        narrow = [r for r in readers if by_reader[id(r)] and max(by_reader[id(r)]) < CARRIER_BITS]
-        current, tied = value, self._tied_to(value)
-        if CARRIER_BITS in wants or not wants or (made_in_integers and (len(narrow) < len(readers) or is_output)):
-            current = self._pair(value, CARRIER_BITS, tied)
-            self._replace(value, current, readers if made_in_integers else [r for r in readers if by_reader[id(r)]])
-        if narrow:
-            self._replace(current, self._pair(current, min(wants), tied), narrow)
+        made = self._width(value.inputs[0]) if made_in_integers else max(wants)
+        asks = {id(r): max(widths) for r in readers if (widths := by_reader[id(r)])}
+        if made_in_integers and (is_output or made > CARRIER_BITS or any(asks.get(id(r), made) >= made
+                                                                         for r in readers)):
+            wants.add(made)
+        first, *others = sorted(wants, key=lambda width: (width != made, -width))
+        behind = self._pair(value, first, tied)
+        if first < CARRIER_BITS:
+            moved = [r for r in readers if asks.get(id(r)) == first]
+        else:                                               # what reads floats goes on reading those that are at hand
+            moved = readers if made_in_integers or self.target.wide else [r for r in readers if id(r) in asks]
+        self._replace(value, behind, moved)
+        for width in others:
+            self.graph.replace_uses(behind, self._pair(behind, width, tied),
+                                    [r for r in readers if asks.get(id(r)) == width])
 
     def _tied_to(self, value: Any) -> Any:
         """A scale and zero point that a value shares, or None.
@@ -182,7 +211,7 @@ class _Placement:
             source = value.inputs[0].inputs[0]
             if source.inputs and source.inputs[0].op == "DequantizeLinear":
                 return source.inputs[0].inputs[1:3]
-        if value.inputs and value.inputs[0].op == "Concat":
+        if value.inputs and value.inputs[0].op == "Concat" and self.target.integer_layout:
             return self._shared(value.inputs[:1])
         joins = self._joins(value)
         return self._shared(joins) if self._moves_to(joins, value) else None
@@ -201,8 +230,9 @@ class _Placement:
         return widths.pop() if len(widths) == 1 else CARRIER_BITS
 
     def _joins(self, value: Any) -> list[Any]:
-        """The Concats that read a value, as carriers."""
-        return [r for r in value.outputs if r.op == "Concat" and self._carries(r)]
+        """The Concats that read a value and move integers on one grid."""
+        return [r for r in value.outputs
+                if r.op == "Concat" and self.target.integer_layout and self._carries(r)]
 
     def _shared(self, joins: list[Any]) -> tuple[Any, Any]:
         """The scale and zero point that the operands of some Concats share with what they make."""

@@ -7,7 +7,8 @@ Weights leave their float form (W -> Q -> DQ) for a container:
     int4       INT4 constant -> DQ                    the textbook form; ONNX Runtime's CPU kernels run it in float
 
 A 4-bit activation becomes a uint8 tensor on the 4-bit grid: Q to uint8, Clip(0, 15), DQ. The kernels that take
-uint8 stay fused, and the values are exactly the 4-bit ones.
+uint8 stay fused, and the values are exactly the 4-bit ones. Where the target knows no Clip of integers, the float
+value is clipped between two Q/DQ pairs, to the ends of the 4-bit grid: the same values.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ MINIMUM_RUNTIME = {"int4cast": "1.24", "int8": "1.20", "int4": "1.20"}
 
 
 class Lower(Pass):
-    """Store weights as integers, 4-bit activations as uint8 with Clip(0, 15); write the metadata."""
+    """Store weights as integers, 4-bit activations as uint8 with a Clip to 16 levels; write the metadata."""
 
     name: ClassVar[str] = "lower"
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         context.found["lower"] = graph.copy()       # what the emitted model is verified against
         container, weights, activations = context.options.container, 0, 0
-        limits = [graph.constant("limit", np.asarray(n, np.uint8)) for n in (0, 15)]
+        levels = [graph.constant("limit", np.asarray(n, np.uint8)) for n in (0, 15)]
         for node in list(graph.nodes):
             if node.op != "QuantizeLinear":
                 continue
@@ -48,7 +49,7 @@ class Lower(Pass):
                 _store(graph, node, spec, container)
                 weights += 1
             elif spec.bits == 4:
-                _saturate(graph, node, limits)
+                _saturate(graph, node, context.options.target.saturates, levels)
                 activations += 1
         graph.cleanup()
         graph.sort()
@@ -78,16 +79,24 @@ def _store(graph: Graph, node: Any, spec: QuantSpec, container: str) -> None:
     graph.remove(node)
 
 
-def _saturate(graph: Graph, node: Any, limits: list[Any]) -> None:
-    """Move a 4-bit activation quantizer onto uint8, clipped to the 4-bit grid."""
+def _saturate(graph: Graph, node: Any, kind: str, levels: list[Any]) -> None:
+    """Move a 4-bit activation quantizer onto uint8, clipped to the first and last of the 4-bit grid's levels."""
     result, readers = node.outputs[0], list(node.outputs[0].outputs)
-    wide = graph.constant("zero", np.asarray(node.inputs[2].values).astype(np.uint8))
-    node.inputs[2] = wide
+    scale, narrow = node.inputs[1:3]
+    zero = graph.constant("zero", np.asarray(narrow.values).astype(np.uint8))
+    node.inputs[2] = zero
     result.dtype = np.dtype(np.uint8)
-    clipped = graph.add("Clip", [result, *limits], f"{result.name}_clip", {}, result.shape, np.uint8)
+    if kind == "float":
+        step, middle = np.asarray(scale.values), np.asarray(narrow.values).astype(np.float32)
+        limits = [graph.constant("limit", np.asarray((n.values.astype(np.float32) - middle) * step)) for n in levels]
+        value = graph.add("DequantizeLinear", [result, scale, zero], f"{result.name}_wide", {}, result.shape)
+        value = graph.add("Clip", [value, *limits], f"{result.name}_clip", {}, result.shape)
+        clipped = graph.add("QuantizeLinear", [value, scale, zero], f"{result.name}_narrow", {}, result.shape, np.uint8)
+    else:
+        clipped = graph.add("Clip", [result, *levels], f"{result.name}_clip", {}, result.shape, np.uint8)
     for reader in readers:
         reader.inputs[0] = clipped
-        reader.inputs[2] = wide
+        reader.inputs[2] = zero
 
 
 def _metadata(context: Context, container: str) -> dict[str, str]:

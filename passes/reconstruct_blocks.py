@@ -33,7 +33,7 @@ from vmq.errors import ModelError, PassError
 from vmq.fakequant import FakeQuantize
 from vmq.graph import Constant, Graph
 from vmq.lanes import LANES, Lanes
-from vmq.layers import float_source, same_grid
+from vmq.layers import float_source, homes
 from vmq.learning import Adam, Dropped, Parameter, SoftRounding, assign, coarse, mixed, parameters
 from vmq.pipeline import Context, Pass, PassResult
 from vmq.runtime import Session
@@ -372,19 +372,8 @@ def _quantizers_of(shadow: Shadow, nodes: set[str]) -> tuple[dict[str, str], lis
 
 def _with_quantizers(graph: Graph, blocks: Sequence[Any]) -> list[tuple[set[str], set[str]]]:
     """Each block's nodes with the quantizers that belong to it, beside its nodes in the float graph."""
-    own = {name: index for index, block in enumerate(blocks) for name in block.nodes}
-    home = dict(own)
-    for node in graph.nodes:                        # behind what makes the value
-        producers = node.inputs[0].inputs if node.inputs else []
-        if node.name not in own and producers and producers[0].name in home and (
-                node.op == "QuantizeLinear" or (node.op == "DequantizeLinear" and same_grid(producers[0], node))):
-            home[node.name] = home[producers[0].name]
-    for node in reversed(graph.nodes):              # weights, frames, states, parts of a form: with the first reader
-        if node.name not in home:
-            readers = [home[r.name] for o in node.outputs for r in o.outputs if r.name in home]
-            home[node.name] = min(readers, default=len(blocks) - 1)
     grouped: list[tuple[set[str], set[str]]] = [(set(), set(block.nodes)) for block in blocks]
-    for name, index in home.items():
+    for name, index in homes(graph, [block.nodes for block in blocks]).items():
         grouped[index][0].add(name)
     return grouped
 

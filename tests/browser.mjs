@@ -7,7 +7,7 @@ import { createRequire } from "node:module";
 const [playwright, executablePath, url, folder, camera, job, ...rest] = process.argv.slice(2);
 const { chromium } = createRequire(`${playwright}/`)("playwright-core");
 const context = await chromium.launchPersistentContext(folder, {
-    executablePath, headless: true, viewport: { width: 960, height: 900 }, permissions: ["camera"],
+    executablePath, headless: true, viewport: { width: 720, height: 840 }, permissions: ["camera"],
     args: ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
         "--disable-component-update", "--disable-sync", "--use-fake-device-for-media-stream",
         "--use-fake-ui-for-media-stream", `--use-file-for-fake-video-capture=${camera}`],
@@ -24,9 +24,16 @@ const open = async () => {
     await page.waitForFunction(() => document.body?.dataset.settled);
 };
 const text = id => page.locator(`#${id}`).textContent();
-const pixels = () => page.evaluate(() => {
-    const view = document.getElementById("view"), { width, height } = view;
-    return btoa(String.fromCharCode(...view.getContext("2d").getImageData(width / 2, 0, 1, 1).data)) + `${width}x${height}`;
+// Until frames of a clip come, and the speed is told.
+const matting = async what => {
+    await page.waitForFunction(name => document.getElementById("message").textContent === `Matting ${name}.`, what);
+    const before = await text("speed");
+    await page.waitForFunction(old => document.getElementById("speed").textContent !== old
+        && document.getElementById("speed").textContent.includes("frames per second"), before);
+};
+const canvas = () => page.evaluate(() => {
+    const view = document.getElementById("view");
+    return [...view.getContext("2d").getImageData(0, 0, view.width, view.height).data];
 });
 
 const jobs = {
@@ -52,11 +59,12 @@ const jobs = {
             return { ready, alphas: alphas.map(btoa) };
         }, [...files, Number(size)]);
     },
-    // By keyboard alone: camera on, pictures come; then the server is gone and the page still opens.
-    async camera(screenshot, kind) {
+    // By keyboard alone: the camera on, pictures come, pause.
+    async camera(screenshot = "", wait = 0) {
         await open();
         const about = await text("about"), isolated = await page.evaluate(() => self.crossOriginIsolated);
         const press = async (id, key) => {
+            await page.evaluate(() => document.activeElement.blur());
             for (let i = 0; i < 20; i++) {
                 if (await page.evaluate(() => document.activeElement?.id) === id) return page.keyboard.press(key);
                 await page.keyboard.press("Tab");
@@ -64,20 +72,35 @@ const jobs = {
             throw new Error(`Tab does not reach ${id}`);
         };
         await press("camera", "Enter");
-        await page.waitForFunction(() => document.getElementById("speed").textContent.includes("frames per second"));
-        await page.evaluate(() => document.activeElement.blur());
+        await matting("the camera");
         await press("background", "ArrowDown");
         const chosen = await page.locator("#background").inputValue();
-        if (kind) await page.selectOption("#background", kind);
-        const first = await text("speed");
-        await page.waitForFunction(old => document.getElementById("speed").textContent !== old, first);
-        await page.waitForTimeout(Number(rest[2] ?? 0));
-        if (screenshot !== "-") await page.screenshot({ path: screenshot });
-        const message = await text("message"), speed = await text("speed");
-        await page.evaluate(() => document.activeElement.blur());
+        await page.waitForTimeout(Number(wait));
+        if (screenshot) await page.screenshot({ path: screenshot });
+        const speed = await text("speed");
         await press("pause", "Space");
-        const paused = await page.locator("#pause").getAttribute("aria-pressed");
-        return { about, isolated, chosen, speed, message, paused };
+        return { about, isolated, chosen, speed, paused: await page.locator("#pause").getAttribute("aria-pressed") };
+    },
+    // A video and a picture, chosen and dropped; then the alpha alone.
+    async files(video, picture) {
+        await open();
+        await page.setInputFiles("#video", video);
+        await matting("clip.webm");
+        await page.selectOption("#background", "picture");
+        await page.setInputFiles("#picture", picture);
+        await page.waitForTimeout(500);
+        const behind = await canvas();
+        await page.selectOption("#background", "alpha");
+        await page.waitForTimeout(500);
+        const alpha = await canvas();
+        const bytes = readFileSync(video).toString("base64");
+        await page.evaluate(async text => {
+            const blob = await (await fetch(`data:video/webm;base64,${text}`)).blob(), transfer = new DataTransfer();
+            transfer.items.add(new File([blob], "dropped.webm", { type: "video/webm" }));
+            dispatchEvent(new DragEvent("drop", { dataTransfer: transfer, cancelable: true }));
+        }, bytes);
+        await matting("dropped.webm");
+        return { behind, alpha };
     },
     // The profile knows the page from an earlier visit; the server is gone.
     async offline() {

@@ -50,7 +50,8 @@ def test_bits_of_any_text(text: str) -> None:
 
 
 @pytest.mark.parametrize(("bits", "signed", "low", "high", "name"), [
-    (8, False, 0, 255, "uint8"), (8, True, -128, 127, "int8"), (4, False, 0, 15, "uint4"), (4, True, -8, 7, "int4")])
+    (16, False, 0, 65535, "uint16"), (8, False, 0, 255, "uint8"),
+    (8, True, -128, 127, "int8"), (4, False, 0, 15, "uint4"), (4, True, -8, 7, "int4")])
 def test_grids(bits: int, signed: bool, low: int, high: int, name: str) -> None:
     spec = QuantSpec(bits, signed, 1)
     assert (spec.qmin, spec.qmax, spec.dtype.name) == (low, high, name)
@@ -61,7 +62,11 @@ def test_grids(bits: int, signed: bool, low: int, high: int, name: str) -> None:
 
 def test_widths_that_there_are_not() -> None:
     for bits in (0, 1, 2, 3, 5, 16, -8):
-        for make in (lambda b: QuantSpec(b, signed=True), lambda b: Bits(b, 8), lambda b: Bits(8, b)):
+        for make in (lambda b: QuantSpec(b, signed=True), lambda b: Bits(b, 8)):
+            with pytest.raises(OptionError, match=f"{bits} bits were asked for"):
+                make(bits)
+    for bits in (0, 1, 2, 3, 5, 32, -8):
+        for make in (lambda b: QuantSpec(b, signed=False), lambda b: Bits(8, b)):
             with pytest.raises(OptionError, match=f"{bits} bits were asked for"):
                 make(bits)
     with pytest.raises(KeyError):

@@ -47,23 +47,38 @@ def test_alpha_is_that_of_python(browser: Browser, compiled: Path) -> None:
 
 
 def test_camera_by_keyboard_and_then_offline(browser: Browser, tmp_path: Path) -> None:
-    found = browser("camera", tmp_path / "page.png", "")
+    found = browser("camera", tmp_path / "page.png")
     assert found["about"].endswith("MB, W4A4, 48x32, 1 states, 2 threads")
     assert found["isolated"]
     assert found["chosen"] == "blur"
     assert found["paused"] == "true"
     assert "frames per second" in found["speed"]
-    assert found["message"] == "Matting the camera."
     assert found["complaints"] == []
     assert found["foreign"] == []
     picture = cv2.imread(str(tmp_path / "page.png"))
-    assert picture.shape == (900, 960, 3)
+    assert picture.shape == (840, 720, 3)
     browser.server.shutdown()
     browser.server.server_close()
     later = browser("offline")
     assert later["about"] == found["about"]
     assert later["isolated"]
     assert later["complaints"] == []
+
+
+def test_video_picture_and_alpha(browser: Browser, tmp_path: Path) -> None:
+    writer = cv2.VideoWriter(str(tmp_path / "clip.webm"), cv2.VideoWriter.fourcc(*"VP80"), 10, (48, 32))
+    for frame in clips(1, frames=6)[0].frames():
+        writer.write(np.ascontiguousarray(frame[::-1].transpose(1, 2, 0)))
+    writer.release()
+    cv2.imwrite(str(tmp_path / "red.png"), np.full((20, 20, 3), (0, 0, 255), np.uint8))
+    found = browser("files", tmp_path / "clip.webm", tmp_path / "red.png")
+    assert found["complaints"] == []
+    behind, alpha = (np.array(found[name]).reshape(32, 48, 4) for name in ("behind", "alpha"))
+    assert (alpha[..., :1] == alpha[..., :3]).all()
+    assert (alpha[..., 3] == 255).all()
+    assert (behind[..., 3] == 255).all()
+    little = alpha[..., 0] < 64                                   # the clip goes on between the two
+    assert behind[little][:, 0].mean() > behind[little][:, 1:3].mean() + 50
 
 
 def test_files_that_it_cannot_use(browser: Browser, tmp_path: Path, compiled: Path) -> None:

@@ -96,10 +96,17 @@ def _passes(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    from vmq.graph import check_output, write_atomic
     from vmq.report import inspect_dump
 
+    if args.html is not None:
+        check_output(args.html)
     with Progress(quiet=args.quiet) as progress:
-        found = inspect_dump(args.dump, progress=lambda what, share: progress(what, share, 1))
+        found = inspect_dump(args.dump, progress=lambda what, share: progress(what, share, 1), with_blame=args.blame)
+    if args.html is not None:
+        from vmq.report_html import report_page
+
+        write_atomic(args.html, report_page(found).encode())
     _print(args, found.to_json(), found.lines())
 
 
@@ -230,9 +237,11 @@ def _parser() -> argparse.ArgumentParser:
     _ratio(compile_)
     add("--effort", default="standard", metavar="fast|standard|thorough",
         help="how long it may take: minutes, tens of minutes (default), days")
-    add("--target", default="cpu", help="where the model will run: cpu (default)")
-    add("--container", default="int4cast", metavar="int4cast|int8|int4",
-        help="how 4-bit weights are stored: int4cast (default), int8 for older runtimes, int4 the textbook form")
+    add("--target", default="cpu", metavar="cpu|qnn|openvino",
+        help="where the model will run: cpu (default; x86 and Arm), qnn (Qualcomm's HTP), openvino")
+    add("--container", default="", metavar="int4cast|int8|int4",
+        help="how 4-bit weights are stored: int4cast (default for cpu), int8 for older runtimes, int4 the textbook "
+             "form (default for qnn)")
     add("--keep", action="append", default=[], type=_keep, metavar="WHAT=BITS",
         help="width of first, last, depthwise, pooled or recurrent layers, or of a node by its name; repeatable")
     add("--pair", action="append", default=[], type=_pair, metavar="IN=OUT",
@@ -250,6 +259,8 @@ def _parser() -> argparse.ArgumentParser:
     inspect = command("inspect", _inspect, "say what each pass did to the matte, and where the error comes from",
                       "vmq compile rvm.onnx --bits 4 --dump dump/ && vmq inspect dump/")
     inspect.add_argument("dump", type=Path, metavar="DUMP_DIR", help="a folder that `vmq compile --dump` wrote")
+    inspect.add_argument("--blame", action="store_true", help="measure what each closure costs alone (a minute or two)")
+    inspect.add_argument("--html", type=Path, metavar="FILE", help="write a page with all of it, for any browser")
     _quiet(inspect)
     _json(inspect)
 

@@ -104,7 +104,7 @@ class Result:
 def compile(  # noqa: A001  (the name of what it does: vmq.compile)
     model: str | os.PathLike[str] | bytes | onnx.ModelProto | Graph, *, bits: str | int = 8, recipe: str = "vmq",
     calib: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (), size: tuple[int, int] | str | None = None,
-    downsample_ratio: float | None = None, effort: str = "standard", target: str = "cpu", container: str = "int4cast",
+    downsample_ratio: float | None = None, effort: str = "standard", target: str = "cpu", container: str = "",
     keep: Mapping[str, int] | None = None, pairs: Mapping[str, str] | None = None, seed: int = 0,
     output: str | os.PathLike[str] | None = None, dump: str | os.PathLike[str] | None = None,
     resume: bool = False, device: str = "cpu", command: str = "", observers: Sequence[Observer] = (),
@@ -122,7 +122,7 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
         downsample_ratio: for models that take one, in (0, 1].
         effort: how much work may be done: fast, standard or thorough.
         target: where the model is to run.
-        container: how 4-bit weights are stored.
+        container: how 4-bit weights are stored; default: the target's best way.
         keep: bits of layers that stay wider, by kind (first, last, depthwise, pooled, recurrent) or node name.
         pairs: state inputs and outputs by hand, where topology alone is ambiguous.
         seed: 0 or more, of the samples that ranges are searched on.

@@ -31,8 +31,8 @@ from vmq.graph import Graph, write_atomic
 from vmq.pipeline import Context, Observer, Pass, PassResult
 from vmq.text import diff_graphs, format_graph
 
-PROBE_FRAMES = 8
-"""Frames kept for scoring, from the start of the first calibration clip: the states warm up within them."""
+PROBE_FRAMES = 32
+"""Frames kept for scoring, at most, from the start of the first calibration clip: the states warm up in them."""
 
 
 class Dump(Observer):

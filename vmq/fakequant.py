@@ -47,11 +47,11 @@ class FakeQuantize(nn.Module):
         return fake_quantize(x, self.scale, self.zero, self.spec, self.limits, gain)
 
     def steps(self, x: Tensor) -> Tensor:
-        """The integers that x is rounded to (QuantizeLinear), int8 or uint8, without gradients."""
+        """The integers that x is rounded to (QuantizeLinear), int8, uint8 or int32, without gradients."""
         with torch.no_grad():
             scale, zero = (along(t, x, self.spec.axis) for t in (grid_scale(self.scale), self.grid_zero()))
             steps = torch.div(x, scale).round_().add_(zero).clamp_(*self.limits)
-            return steps.to(torch.int8 if self.spec.signed else torch.uint8)
+            return steps.to(torch.int8 if self.spec.signed else torch.uint8 if self.spec.bits <= 8 else torch.int32)
 
     def grid_zero(self) -> Tensor:
         """The zero point as it is used: integers of the grid, as floats."""

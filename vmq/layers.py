@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -133,3 +133,49 @@ def same_grid(one: Any, other: Any) -> bool:
         a is b or (isinstance(a, Constant) and isinstance(b, Constant) and a.dtype == b.dtype
                    and np.array_equal(np.asarray(a.values), np.asarray(b.values)))
         for a, b in zip(one.inputs[1:], other.inputs[1:], strict=True))
+
+
+def quantizer_of(dequantize: Any) -> tuple[Any, tuple[int, int] | None] | None:
+    """The QuantizeLinear that a DequantizeLinear undoes, and the limits of a Clip between them."""
+    source = dequantize.inputs[0].inputs
+    limits = None
+    if source and source[0].op == "Clip" and all(isinstance(v, Constant) for v in source[0].inputs[1:]):
+        bounds = [int(np.asarray(v.values)) for v in source[0].inputs[1:]]
+        if len(bounds) == 2:
+            limits = (bounds[0], bounds[1])
+            source = source[0].inputs[0].inputs
+    if not source or source[0].op != "QuantizeLinear":
+        return None
+    quantize = source[0]
+    if len(quantize.inputs) != len(dequantize.inputs) or not all(
+            isinstance(a, Constant) and isinstance(b, Constant) and a.dtype == b.dtype
+            and np.array_equal(np.asarray(a.values), np.asarray(b.values))
+            for a, b in zip(quantize.inputs[1:], dequantize.inputs[1:], strict=True)):
+        return None
+    if quantize.attrs.get("axis", 1) != dequantize.attrs.get("axis", 1) and quantize.inputs[1].values.size > 1:
+        return None
+    return quantize, limits
+
+
+def homes(graph: Graph, blocks: Sequence[Collection[str]]) -> dict[str, int]:
+    """The block that each node of a quantized graph belongs to, by the node's name.
+
+    A quantizer stands behind what makes its value; those of weights, frames and states with their first reader, and
+    so do the parts of which passes/integer_forms.py makes an operator.
+
+    Args:
+        graph: quantized, sorted.
+        blocks: names of each block's nodes in the float graph, in topological order.
+    """
+    own = {name: index for index, nodes in enumerate(blocks) for name in nodes}
+    home = dict(own)
+    for node in graph.nodes:
+        producers = node.inputs[0].inputs if node.inputs else []
+        if node.name not in own and producers and producers[0].name in home and (
+                node.op == "QuantizeLinear" or (node.op == "DequantizeLinear" and same_grid(producers[0], node))):
+            home[node.name] = home[producers[0].name]
+    for node in reversed(graph.nodes):
+        if node.name not in home:
+            readers = [home[r.name] for o in node.outputs for r in o.outputs if r.name in home]
+            home[node.name] = min(readers, default=len(blocks) - 1)
+    return home

@@ -193,9 +193,9 @@ def coarse(quantizers: Mapping[str, Callable[[Tensor], Tensor]]) -> dict[str, Ca
     """
     found: dict[str, Callable[[Tensor], Tensor]] = {}
     for name, quantizer in quantizers.items():
-        if isinstance(quantizer, FakeQuantize) and not quantizer.spec.signed and quantizer.limits == (0, 255):
+        if isinstance(quantizer, FakeQuantize) and not quantizer.spec.signed and quantizer.limits[1] >= 255:
             zero, scale = float(grid_zero(quantizer.zero, quantizer.spec)), float(grid_scale(quantizer.scale))
-            found[name] = partial(F.hardtanh, min_val=-zero * scale, max_val=(255.0 - zero) * scale)
+            found[name] = partial(F.hardtanh, min_val=-zero * scale, max_val=(quantizer.limits[1] - zero) * scale)
     return found
 
 

@@ -44,8 +44,7 @@ def quantize(x: NDArray[Any], scale: NDArray[Any] | float, zero_point: NDArray[A
     s, z = _along(scale, x.ndim, spec.axis), _along(zero_point, x.ndim, spec.axis)
     with np.errstate(over="ignore"):          # infinitely many steps saturate like many
         steps = np.rint(x.astype(np.float32) / s.astype(np.float32)) + z.astype(np.float32)
-    q: NDArray[np.int32] = np.clip(steps, spec.qmin, spec.qmax).astype(np.int32)
-    return q
+    return np.asarray(np.clip(steps, spec.qmin, spec.qmax), np.int32)
 
 
 def dequantize(q: NDArray[Any], scale: NDArray[Any] | float, zero_point: NDArray[Any] | int,

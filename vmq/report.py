@@ -1,30 +1,87 @@
-"""Read a dump: what each pass did to the alpha, and which tensors lost most.
+"""Read a dump: what each pass did to the alpha, where the error comes from, and what to try.
 
-The alpha error of a dump is its mean |alpha - float alpha| x 1e3 over the probe frames, in closed loop; a
-tensor's signal-to-noise ratio compares its values in the last dump, read behind their quantizer, with those of the
-float graph, both in closed loop:
-
-    SQNR = 10 log10( sum x^2 / sum (x - x')^2 )    in dB
+The alpha error of a dump is its mean |alpha - float alpha| x 1e3 over the probe frames, in closed loop. What is
+measured stands in modules of its own: tensors (noise and range of each), loop_error (over time, through each state) and
+blame (what each closure costs). Here it is put together, and `findings` says it in words, the gravest first.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vmq.blame import Blame, blame, closure_quantizers, tensor_quantizers
 from vmq.errors import MediaError
 from vmq.graph import Graph
-from vmq.quant import FUNCTIONS
+from vmq.layers import homes
+from vmq.loop_error import LoopError, measure_loop
 from vmq.runtime import Session
+from vmq.tensors import Tensor, decibels, measure_tensors, range_of
 
 UNCALIBRATED = "insert_qdq"
 """After this pass every scale is still 1: its dump runs, but scoring it would say nothing."""
+SCORED_FRAMES = 8
+"""Probe frames that dumps, tensors and closures are measured on; the error over time is that of all."""
+MISFIT_DB = 15.0
+"""A grid whose noise is so far above what its levels allow is called unfit. Ranges that were searched on long footage
+are up to 12 dB wide of a short clip."""
+WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that costs quality.
+
+    Attributes:
+        about: tensor, closure, state, pass or model.
+        name: of what it is about.
+        says: what was found, in a sentence or two.
+        hint: what to try.
+    """
+
+    about: str
+    name: str
+    says: str
+    hint: str
+
+
+@dataclass(frozen=True)
+class Closure:
+    """A block of reconstruction, as it came out.
+
+    Attributes:
+        name, nodes: as `find_closures` gave them.
+        label: where its layers stand in the model, for people.
+        layers: names of its multiply-add nodes.
+        states: inputs of the recurrent states that it updates.
+        reads: names of the closures before it that it reads from.
+        bits: widths of its layers' weights and of its tensors, as "W4 A4/8"; empty where it has none.
+        shape: of what it hands on, without the batch.
+        sqnr_db: of what it hands on.
+    """
+
+    name: str
+    label: str
+    nodes: list[str]
+    layers: list[str]
+    states: list[str]
+    reads: list[str]
+    bits: str
+    shape: list[int]
+    sqnr_db: float | None
+
+    @property
+    def title(self) -> str:
+        """Name, and in brackets what it is."""
+        count = f"{len(self.layers)} layer{'s' if len(self.layers) != 1 else ''}"
+        return f"{self.name} ({', '.join([self.label or count, *(f'state {s}' for s in self.states)])})"
 
 
 @dataclass(frozen=True)
@@ -35,22 +92,45 @@ class Inspection:
         passes: per pass name, modified, seconds, and alpha_MAD (None where the graph did not change or is not
             calibrated yet).
         closures: node names of each recurrent closure.
-        tensors: name and sqnr_db, worst first.
+        tensors: worst SQNR first.
         notes: what the passes noted, with the pass's name before it.
+        blocks: all closures, in topological order.
+        loop: error over the probe clip.
+        blame: of closures, where most is to gain first; empty if not asked for.
+        tensor_blame: of the tensors of the first of these, costliest first.
+        findings: what costs most and what to try, the gravest first.
+        wider: what has more bits than nominal.
+        setup: command, options, versions and clips of the compile.
+        frames: the probe clip, [T,3,H,W].
     """
 
     passes: list[dict[str, Any]]
     closures: list[list[str]]
-    tensors: list[dict[str, Any]]
+    tensors: list[Tensor]
     notes: list[str]
+    blocks: list[Closure] = field(default_factory=list)
+    loop: LoopError | None = None
+    blame: list[Blame] = field(default_factory=list)
+    tensor_blame: list[Blame] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    wider: dict[str, str] = field(default_factory=dict)
+    setup: dict[str, Any] = field(default_factory=dict)
+    frames: NDArray[np.uint8] = field(default_factory=lambda: np.zeros((0, 3, 1, 1), np.uint8))
 
     def to_json(self) -> dict[str, Any]:
         """The form that scripts rely on."""
-        return {"passes": self.passes, "closures": self.closures, "tensors": self.tensors, "notes": self.notes}
+        return {"passes": self.passes, "closures": self.closures, "tensors": [t.to_json() for t in self.tensors],
+                "notes": self.notes, "findings": [asdict(f) for f in self.findings],
+                "blocks": [asdict(b) for b in self.blocks], "loop": self.loop.to_json() if self.loop else None,
+                "blame": [b.to_json() for b in self.blame], "tensor_blame": [b.to_json() for b in self.tensor_blame],
+                "wider": self.wider, "setup": self.setup}
 
     def lines(self, tensors: int = 20) -> list[str]:
         """The tables as text, with the worst `tensors` tensors."""
-        lines = [f"{'pass':<20}{'changes':>8}{'seconds':>9}{'alpha MAD':>11}"]
+        lines = []
+        for number, found in enumerate(self.findings, 1):
+            lines += [f"{number}. {found.says}", f"   {found.hint}"]
+        lines += ["", f"{'pass':<20}{'changes':>8}{'seconds':>9}{'alpha MAD':>11}"]
         for entry in self.passes:
             score = "" if entry["alpha_MAD"] is None else f"{entry['alpha_MAD']:.3f}"
             lines.append(f"{entry['name']:<20}{entry['modified']:>8}{entry['seconds']:>9.2f}{score:>11}")
@@ -58,46 +138,110 @@ class Inspection:
                      "integer kernels come in, rounding moves it a little)")
         lines += ["", f"recurrent closures: {len(self.closures)}"
                   + (f" of {', '.join(str(len(c)) for c in self.closures)} nodes" if self.closures else "")]
-        lines += ["", f"{'SQNR dB':>8}  tensor (worst {min(tensors, len(self.tensors))} of {len(self.tensors)})"]
-        lines += [f"{t['sqnr_db']:>8.1f}  {t['name']}" for t in self.tensors[:tensors]]
+        if self.loop is not None and self.loop.states:
+            shares = ", ".join(f"{name} {share:.0%}" for name, share in self.loop.through.items())
+            lines.append(f"of the error over the clip, through states: {self.loop.through_all:.0%}; "
+                         f"through each alone: {shares}")
+        if self.blame:
+            titles = {b.name: b.title for b in self.blocks}
+            lines += ["", *_blame_lines("closure", self.blame, titles), "",
+                      *_blame_lines(f"tensor of {titles[self.blame[0].name]}", self.tensor_blame, {}),
+                      "cost: alpha MAD with this alone quantized; gain: what the alpha MAD falls by with this alone in "
+                      "float"]
+        lines += ["", f"{'SQNR dB':>8}{'own dB':>8}{'misfit':>8}  tensor (worst {min(tensors, len(self.tensors))} of "
+                  f"{len(self.tensors)})"]
+        for t in self.tensors[:tensors]:
+            own = f"{min(t.own_db, 99.9):>8.1f}" if t.own_db is not None else " " * 8
+            misfit = f"{t.misfit_db:>8.1f}" if t.misfit_db is not None else " " * 8
+            lines.append(f"{min(t.sqnr_db, 99.9):>8.1f}{own}{misfit}  {t.name}")
+        if self.tensors:
+            lines.append("SQNR: all error up to here; own: what this tensor's quantizer alone adds; misfit: how far "
+                         "that is above what the best range would add")
         if self.notes:
             lines += ["", *(f"note: {n}" for n in self.notes)]
         return lines
 
 
-def inspect_dump(folder: Path, progress: Callable[[str, float], None] = lambda _what, _share: None) -> Inspection:
-    """Score every dump in a folder that `--dump` wrote.
+def _blame_lines(what: str, rows: Sequence[Blame], titles: dict[str, str]) -> list[str]:
+    return [f"{'cost':>8}{'gain':>8}  {what}",
+            *(f"{b.cost:>8.3f}{b.gain:>8.3f}  {titles.get(b.name, b.name)}" for b in rows)]
+
+
+def inspect_dump(folder: Path, progress: Callable[[str, float], None] = lambda _what, _share: None, *,
+                 with_blame: bool = False) -> Inspection:
+    """Measure a dump that `--dump` wrote.
+
+    Args:
+        folder: the dump.
+        progress: called with (what is being done, share done).
+        with_blame: measure also what each closure costs: two runs of the probe frames for each.
 
     Raises:
         MediaError: the folder is missing, is no dump, or the compile did not finish.
     """
-    pipeline = _read(folder)
-    frames = _probe(folder)
-    dumps = [(e, folder / e["model"]) for e in pipeline["passes"] if e["model"]]
-    names = [e["name"] for e, _ in dumps]
+    pipeline = read_pipeline(folder)
+    frames = read_probe(folder)
+    some = frames[:SCORED_FRAMES]
+    dumps = [(e["name"], folder / e["model"]) for e in pipeline["passes"] if e["model"]]
+    names = [name for name, _ in dumps]
     floats = names.index(UNCALIBRATED) if UNCALIBRATED in names else len(names)
     float_path = dumps[floats - 1][1] if floats else folder / "00_input.onnx"
-    how: dict[str, Any] = {"downsample_ratio": _ratio(folder), "pairs": pipeline["options"]["pairs"]}
-    want = np.stack(list(Session(float_path, **how).alphas(frames)))
+    reports = {e["name"]: json.loads((folder / f"{e['index']:02}_{e['name']}.json").read_text())
+               for e in pipeline["passes"]}
+    ratio = reports.get("bind_shapes", {}).get("report", {}).get("downsample_ratio", 1.0)
+    how: dict[str, Any] = {"downsample_ratio": ratio, "pairs": pipeline["options"]["pairs"]}
+    want = np.stack(list(Session(float_path, **how).alphas(some)))
     scores: dict[str, float] = {}
-    for index, (entry, path) in enumerate(dumps):
-        if entry["name"] != UNCALIBRATED:
-            got = np.stack(list(Session(path, **how).alphas(frames)))
-            scores[entry["name"]] = float(np.abs(got - want).mean()) * 1e3
-        progress("scoring the dumps", (index + 1) / (len(dumps) + 1))
+    for index, (name, path) in enumerate(dumps):
+        if name != UNCALIBRATED:
+            got = np.stack(list(Session(path, **how).alphas(some)))
+            scores[name] = float(np.abs(got - want).mean()) * 1e3
+        progress("scoring the dumps", (index + 1) / len(dumps))
     passes = [{"name": e["name"], "modified": e["modified"], "seconds": e["seconds"],
                "alpha_MAD": scores.get(e["name"])} for e in pipeline["passes"]]
-    tensors = _tensors(float_path, dumps[-1][1], frames, how) if scores else []
-    progress("scoring the dumps", 1.0)
-    closures, notes = [], []
-    for entry in pipeline["passes"]:
-        details = json.loads((folder / f"{entry['index']:02}_{entry['name']}.json").read_text())
-        closures += details["report"].get("closures", [])
-        notes += [f"{entry['name']}: {n}" for n in details["notes"]]
-    return Inspection(passes, closures, tensors, notes)
+    parts = reports.get("find_closures", {}).get("report", {})
+    base = Inspection(
+        passes, parts.get("closures", []), [], [f"{name}: {n}" for name, r in reports.items() for n in r["notes"]],
+        wider=reports.get(UNCALIBRATED, {}).get("report", {}).get("wider", {}), frames=frames,
+        setup={key: pipeline.get(key) for key in ("command", "options", "versions", "clips")})
+    if not names[floats + 1:] or not parts.get("blocks"):
+        return base
+    reference, quantized = Graph.load(float_path), Graph.load(dumps[-1][1])
+    return _measured(base, parts, reference, quantized, dumps[floats + 1:], how, progress, with_blame)
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def _measured(base: Inspection, parts: dict[str, Any], reference: Graph, quantized: Graph,
+              dumps: Sequence[tuple[str, Path]], how: dict[str, Any], progress: Callable[[str, float], None],
+              with_blame: bool) -> Inspection:
+    """The inspection with all that is measured on the compiled model."""
+    members = {b["name"]: b["nodes"] for b in parts["blocks"]}
+    names = list(members)
+    home = {node: names[index] for node, index in homes(quantized, list(members.values())).items()}
+    some = base.frames[:SCORED_FRAMES]
+    tensors = measure_tensors(reference, quantized, home, some, session=how,
+                              progress=lambda share: progress("measuring tensors", share))
+    loop = measure_loop(reference, quantized, base.frames, session=how,
+                        progress=lambda share: progress("error over time", share))
+    blocks = _closures(members, parts, reference, tensors)
+    rows, inner = list[Blame](), list[Blame]()
+    if with_blame:
+        rows = blame(quantized, reference, closure_quantizers(quantized, members), some, session=how,
+                     progress=lambda share: progress("blame: closures", share))
+        inner = blame(quantized, reference, tensor_quantizers(quantized, reference, members, rows[0].name), some,
+                      session=how, progress=lambda share: progress("blame: tensors", share))
+        inner.sort(key=lambda b: (-b.cost, b.name))
+    found = Inspection(**{**vars(base), "tensors": tensors, "blocks": blocks, "loop": loop, "blame": rows,
+                          "tensor_blame": inner})
+    found.findings.extend(_findings(found, dumps))
+    return found
+
+
+def read_pipeline(folder: Path) -> dict[str, Any]:
+    """pipeline.json of a finished dump.
+
+    Raises:
+        MediaError: the folder is missing, is no dump, or the compile did not finish.
+    """
     try:
         pipeline: dict[str, Any] = json.loads((folder / "pipeline.json").read_text())
         finished, _, _ = (pipeline[key] for key in ("finished", "passes", "options"))
@@ -109,7 +253,12 @@ def _read(folder: Path) -> dict[str, Any]:
     return pipeline
 
 
-def _probe(folder: Path) -> NDArray[np.uint8]:
+def read_probe(folder: Path) -> NDArray[np.uint8]:
+    """The probe frames of a dump, [T,3,H,W].
+
+    Raises:
+        MediaError: they are missing or damaged.
+    """
     try:
         with np.load(folder / "probe.npz", allow_pickle=False) as archive:
             frames: NDArray[np.uint8] = archive["frames"]
@@ -118,51 +267,180 @@ def _probe(folder: Path) -> NDArray[np.uint8]:
         raise MediaError(f"{folder}/probe.npz cannot be read; compile again with --dump") from error
 
 
-def _ratio(folder: Path) -> float:
-    for path in folder.glob("[0-9][0-9]_bind_shapes.json"):
-        return float(json.loads(path.read_text())["report"].get("downsample_ratio", 1.0))
-    return 1.0
+def _closures(members: dict[str, list[str]], parts: dict[str, Any], reference: Graph, tensors: Sequence[Tensor],
+              ) -> list[Closure]:
+    """The blocks with what they are made of, from the float graph and the tensors' rows."""
+    reference.infer_shapes()
+    own = {node: name for name, nodes in members.items() for node in nodes}
+    nodes = {n.name: n for n in reference.nodes}
+    shared = _common([n.name for n in reference.nodes if n.op in WEIGHTED])
+    rows = {t.name: t for t in tensors}
+    outputs = {v.name: v for v in reference.outputs}
+    updates: dict[str, list[str]] = {name: [] for name in members}
+    for state in parts.get("states", []):
+        for producer in outputs[state["output"]].inputs if state["output"] in outputs else ():
+            if producer.name in own:
+                updates[own[producer.name]].append(state["input"])
+    found = []
+    for name, inside in members.items():
+        here = [nodes[n] for n in inside if n in nodes]
+        reads = {own[p.name] for n in here for v in n.inputs for p in v.inputs if own.get(p.name, name) != name}
+        gives = [v for n in here for v in n.outputs
+                 if v.name in outputs or any(own.get(r.name) != name for r in v.outputs)]
+        measured = [rows[v.name] for v in gives if v.name in rows]
+        widths = {kind: sorted({t.bits for t in tensors if t.closure == name and t.kind == kind and t.bits
+                                and (kind == "activation" or _is_layer_weight(t.name, here))})
+                  for kind in ("weight", "activation")}
+        bits = " ".join(f"{letter}{'/'.join(map(str, widths[kind]))}" for letter, kind in
+                        (("W", "weight"), ("A", "activation")) if widths[kind])
+        shape = next((list(v.shape[1:]) for v in reversed(gives) if v.shape), [])
+        layers = [n.name for n in here if n.op in WEIGHTED]
+        found.append(Closure(name, _label(layers or inside, len(shared)), list(inside), layers, updates[name],
+                             [m for m in members if m in reads], bits, shape,
+                             _pooled([t.sqnr_db for t in measured])))
+    return found
 
 
-def _tensors(float_path: Path, last_path: Path, frames: NDArray[np.uint8], how: dict[str, Any],
-             ) -> list[dict[str, Any]]:
-    """SQNR of every value that both graphs compute in float, worst first.
-
-    What only a saturating function reads is left out: its range is chosen for the function's result, which is
-    there, and its own ratio says nothing.
-    """
-    exact, ours = Graph.load(float_path), Graph.load(last_path)
-    there = {v.name for n in exact.nodes for v in n.outputs if (v.dtype is None or v.dtype == np.float32)
-             and not (v.outputs and all(r.op in FUNCTIONS for r in v.outputs))}
-    # A value that is quantized is read behind its last DQ; the name of the value before stays the name of both.
-    reads: dict[str, str] = {}
-    for node in ours.nodes:
-        for value in node.outputs:
-            if value.name in there:
-                reads[value.name] = _behind_quantizers(value).name
-    names = sorted(reads)
-    one = Session(exact, extra=names, **how)
-    two = Session(ours, extra=[reads[n] for n in names], optimize=False, **how)
-    signal, noise = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-    for frame in frames:
-        a, b = one.step(frame), two.step(frame)
-        for name in names:
-            if a[name].shape == b[reads[name]].shape:
-                x = a[name].astype(np.float64)
-                signal[name] += float((x * x).sum())
-                noise[name] += float(((x - b[reads[name]]) ** 2).sum())
-    rows = [{"name": n, "sqnr_db": round(float(10 * np.log10(max(signal[n], 1e-30) / max(noise[n], 1e-30))), 2)}
-            for n in names if signal[n] > 0.0]
-    return sorted(rows, key=lambda row: (row["sqnr_db"], row["name"]))
+def _is_layer_weight(name: str, nodes: Sequence[Any]) -> bool:
+    return any(n.op in WEIGHTED and any(v.name == name for v in n.inputs) for n in nodes)
 
 
-def _behind_quantizers(value: Any) -> Any:
-    """The value behind the narrowest quantizer that stands for `value`: Q, perhaps Clip, DQ, and so on."""
-    while True:
-        quantizers = [r for r in value.outputs if r.op == "QuantizeLinear"]
-        if not quantizers:
-            return value
-        node = quantizers[0]
-        while node.op != "DequantizeLinear":
-            node = node.outputs[0].outputs[0]
-        value = node.outputs[0]
+def _pooled(values: Sequence[float]) -> float | None:
+    """The ratio of tensors together, each with the same weight: of the mean of noise to signal."""
+    if not values:
+        return None
+    return decibels(1.0, float(np.mean([10.0 ** (-v / 10.0) for v in values])))
+
+
+def _label(names: Sequence[str], skip: int) -> str:
+    """What names of nodes have in common, as parts of a path without the first `skip`, or the operator at its end."""
+    common = _common(names)
+    if len(names) == 1 and len(common) > 1:
+        common.pop()
+    return "/".join(common[skip:])
+
+
+def _common(names: Sequence[str]) -> list[str]:
+    """The parts of a path that all names begin with."""
+    common = []
+    for parts in zip(*(n.strip("/").split("/") for n in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return common
+
+
+# -- in words -------------------------------------------------------------------------------------------
+
+
+def _findings(seen: Inspection, dumps: Sequence[tuple[str, Path]]) -> list[Finding]:
+    """What costs most, the gravest first."""
+    titles = {b.name: b.title for b in seen.blocks}
+    found = _misfits(seen, dumps, titles)
+    scores = [(p["name"], p["alpha_MAD"]) for p in seen.passes if p["alpha_MAD"] is not None]
+    scores = [s for s in scores if s[0] in dict(dumps)]
+    rises = [(after - before, name, before, after)
+             for (_, before), (name, after) in pairwise(scores)
+             if after > 1.1 * before and after - before > 0.05]
+    if rises:
+        _, name, before, after = max(rises)
+        found.append(Finding("pass", name, f"Pass {name} made alpha worse: MAD {before:.2f} before it, {after:.2f} "
+                             "after it.", f"Look at {name}'s .diff in the dump."))
+    if seen.blame:
+        found += _blamed(seen, titles)
+    found += _loop(seen)
+    if not found or found[0].about in ("state", "pass"):
+        found.insert(0, _weakest(seen, titles))
+    return found
+
+
+def _misfits(seen: Inspection, dumps: Sequence[tuple[str, Path]], titles: dict[str, str]) -> list[Finding]:
+    found = []
+    unfit = sorted((t for t in seen.tensors if t.misfit_db is not None and t.misfit_db >= MISFIT_DB and t.sqnr_db < 60),
+                   key=lambda t: (-(t.misfit_db or 0.0), t.name))
+    for t in unfit[:3]:
+        says = (f"The grid of {t.kind} {t.name} in {titles.get(t.closure, t.closure)} does not fit: its {t.levels} "
+                f"levels reach from {t.low:.3g} to {t.high:.3g}, values on the probe frames from {t.smallest:.3g} to "
+                f"{t.largest:.3g}; {t.used} levels are used, and its noise is {t.misfit_db:.0f} dB above what "
+                f"{t.bits} bits can do.")
+        told = _rescaled(t.name, dumps)
+        found.append(Finding("tensor", t.name, says + (f" {told}" if told else ""),
+                             "Calibrate on footage that looks like this clip, or compile again: no pass should leave a "
+                             "scale like this." if told else
+                             "Calibrate on footage that looks like this clip (`--calib`), or on more of it."))
+    return found
+
+
+def _rescaled(name: str, dumps: Sequence[tuple[str, Path]]) -> str:
+    """At which pass the width of a tensor's grid changed most, if it at least doubled or halved."""
+    widths = []
+    for step, path in dumps:
+        ends = range_of(Graph.load(path), name)
+        if ends is not None and ends[1] > ends[0]:
+            widths.append((step, ends[1] - ends[0]))
+    jumps = [(abs(np.log2(new / old)), step, new / old)
+             for (_, old), (step, new) in pairwise(widths)]
+    size, step, factor = max(jumps, default=(0.0, "", 1.0))
+    if size < 1.0:
+        return ""
+    return f"Pass {step} made its range {factor:.3g} times as wide as it was."
+
+
+def _blamed(seen: Inspection, titles: dict[str, str]) -> list[Finding]:
+    found = []
+    whole = next(p["alpha_MAD"] for p in reversed(seen.passes) if p["alpha_MAD"] is not None)
+    blocks = {b.name: b for b in seen.blocks}
+    worst, first = seen.blame[0], max(seen.blame, key=lambda b: b.cost)
+    inner = f" In it, most of it is {seen.tensor_blame[0].name} (alone quantized {seen.tensor_blame[0].cost:.2f})." \
+        if seen.tensor_blame else ""
+    if worst.gain > 0.0:
+        found.append(Finding("closure", worst.name, f"Most is to gain at {titles[worst.name]}: with it alone in "
+                             f"float, alpha MAD falls from {whole:.2f} to {whole - worst.gain:.2f}.{inner}",
+                             _widen(blocks[worst.name])))
+    if first.name != worst.name or worst.gain <= 0.0:
+        found.append(Finding("closure", first.name, f"{titles[first.name]} costs most alone: with nothing else "
+                             f"quantized, alpha MAD is {first.cost:.2f} (everything quantized: {whole:.2f})."
+                             + (inner if worst.gain <= 0.0 else ""), _widen(blocks[first.name])))
+    return found
+
+
+def _widen(block: Closure) -> str:
+    if "4" in block.bits and block.layers:
+        what = "layer" if len(block.layers) == 1 else f"{len(block.layers)} layers"
+        return f"Keep its {what} at 8 bits: `{' '.join(f'--keep {name}=8' for name in block.layers)}`."
+    return "It has 8 bits already: calibrate on more footage that looks like yours (`--calib`)."
+
+
+def _loop(seen: Inspection) -> list[Finding]:
+    """Findings about states and about error that grows."""
+    found = list[Finding]()
+    loop = seen.loop
+    if loop is None or not loop.states:
+        return found
+    quarter = max(1, len(loop.closed) // 4)
+    begin, end = (float(np.mean(part)) for part in (loop.closed[:quarter], loop.closed[-quarter:]))
+    name, share = max(loop.through.items(), key=lambda item: item[1])
+    recurrent = [b for b in seen.blocks if b.states]
+    hint = "Keep the state updates at 8 bits: `--keep recurrent=8`." if any("4" in b.bits for b in recurrent) else \
+        "The state updates have 8 bits already; calibrate on longer footage of this kind."
+    if share > 0.1:
+        found.append(Finding("state", name, f"{share:.0%} of the error over the clip comes through state {name}"
+                             + (f", {loop.through_all:.0%} through all {len(loop.states)} states."
+                                if len(loop.states) > 1 else "."), hint))
+    if len(loop.closed) >= 8 and end > 1.5 * begin and end > 1.5 * float(np.mean(loop.open)):
+        found.append(Finding("model", "growth", f"The error grows within the clip, from {begin:.2f} in its first "
+                             f"quarter to {end:.2f} in its last.", hint))
+    return found
+
+
+def _weakest(seen: Inspection, titles: dict[str, str]) -> Finding:
+    """Without blame and without an unfit grid: the noisiest quantizer that alpha feels."""
+    noisy = [t for t in seen.tensors if t.own_db is not None]
+    if not noisy:
+        return Finding("model", "", "Nothing is quantized.", "Compile with --bits 8 or 4.")
+    t = min(noisy, key=lambda t: (t.own_db if t.own_db is not None else 0.0, t.name))
+    block = next((b for b in seen.blocks if b.name == t.closure), None)
+    return Finding("tensor", t.name, f"No grid is unfit. The noisiest quantizer is that of {t.kind} {t.name} in "
+                   f"{titles.get(t.closure, t.closure)}: {t.own_db:.1f} dB on {t.bits} bits.",
+                   (_widen(block) + " " if block else "")
+                   + ("" if seen.blame else "`vmq inspect DUMP --blame` measures what each closure costs."))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vmq.errors import ModelError
 from vmq.fakequant import FakeQuantize, dequantize, grid_scale, grid_zero
 from vmq.graph import Constant, Graph
+from vmq.layers import quantizer_of
 from vmq.quant import SMALLEST_SCALE
 from vmq.shadow_ops import HOST_INPUTS, Call, to_tensor
 from vmq.spec import QuantSpec
@@ -250,7 +251,7 @@ class Shadow(nn.Module):
         self._scales.add(scale.name)
         quantize, limits = node, None
         if node.op == "DequantizeLinear":
-            fused = _quantizer_of(node)
+            fused = quantizer_of(node)
             written = _written_by(node)
             if written is not None:
                 quantizer = self._fake_quantize(*written.inputs[1:], None, None, call)
@@ -295,35 +296,13 @@ class Shadow(nn.Module):
 
 
 _LINEAR = ("QuantizeLinear", "DequantizeLinear")
-_GRIDS = ("int4", "uint4", "int8", "uint8")
-
-
-def _quantizer_of(dequantize: Any) -> tuple[Any, tuple[int, int] | None] | None:
-    """The QuantizeLinear that a DequantizeLinear undoes, and the limits of a Clip between them."""
-    source = dequantize.inputs[0].inputs
-    limits = None
-    if source and source[0].op == "Clip" and all(isinstance(v, Constant) for v in source[0].inputs[1:]):
-        bounds = [int(np.asarray(v.values)) for v in source[0].inputs[1:]]
-        if len(bounds) == 2:
-            limits = (bounds[0], bounds[1])
-            source = source[0].inputs[0].inputs
-    if not source or source[0].op != "QuantizeLinear":
-        return None
-    quantize = source[0]
-    if len(quantize.inputs) != len(dequantize.inputs) or not all(
-            isinstance(a, Constant) and isinstance(b, Constant) and a.dtype == b.dtype
-            and np.array_equal(np.asarray(a.values), np.asarray(b.values))
-            for a, b in zip(quantize.inputs[1:], dequantize.inputs[1:], strict=True)):
-        return None
-    if quantize.attrs.get("axis", 1) != dequantize.attrs.get("axis", 1) and quantize.inputs[1].values.size > 1:
-        return None
-    return quantize, limits
+_GRIDS = ("int4", "uint4", "int8", "uint8", "uint16")
 
 
 def _written_by(dequantize: Any) -> Any:
     """The QuantizeLinear of a whole tensor whose integers a DequantizeLinear reads in another way; None if none is."""
     quantize = dequantize.inputs[0].inputs[0] if dequantize.inputs[0].inputs else None
-    if quantize is None or quantize.op != "QuantizeLinear" or _quantizer_of(dequantize) is not None \
+    if quantize is None or quantize.op != "QuantizeLinear" or quantizer_of(dequantize) is not None \
             or not all(len(n.inputs) == 3 and n.inputs[1].values.size == 1 for n in (quantize, dequantize)):
         return None
     return quantize
@@ -339,7 +318,7 @@ def _tied_constants(graph: Graph) -> dict[str, str]:
         return name
 
     for node in graph.nodes:
-        fused = _quantizer_of(node) if node.op == "DequantizeLinear" else None
+        fused = quantizer_of(node) if node.op == "DequantizeLinear" else None
         for one, other in zip(fused[0].inputs[1:], node.inputs[1:], strict=True) if fused else ():
             if root(one.name) != root(other.name):
                 same[root(other.name)] = root(one.name)

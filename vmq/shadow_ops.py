@@ -38,7 +38,7 @@ HOST_INPUTS: frozenset[str] = frozenset({
 _TYPES: dict[str, torch.dtype] = {
     "float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16,
     "int64": torch.int64, "int32": torch.int32, "int16": torch.int16, "int8": torch.int8, "uint8": torch.uint8,
-    "bool": torch.bool, "int4": torch.int8, "uint4": torch.uint8}
+    "bool": torch.bool, "int4": torch.int8, "uint4": torch.uint8, "uint16": torch.int32}
 
 
 class Call:
@@ -86,7 +86,7 @@ class Call:
 
 
 def torch_type(dtype: Any) -> torch.dtype:
-    """The torch type that carries a numpy type (4-bit integers ride in 8 bits).
+    """The torch type that carries a numpy type (4-bit integers ride in 8 bits, uint16 in int32).
 
     Raises:
         KeyError: there is none.
@@ -99,6 +99,8 @@ def to_tensor(array: Any) -> Tensor:
     array = np.asarray(array)
     if array.dtype in (ml_dtypes.int4, ml_dtypes.uint4):
         array = array.astype(np.int8 if array.dtype == ml_dtypes.int4 else np.uint8)
+    elif array.dtype == np.uint16:
+        array = array.astype(np.int32)
     return torch.from_numpy(np.array(array, order="C"))
 
 

@@ -25,8 +25,8 @@ class QuantSpec:
     """The integer grid of one quantizer.
 
     Attributes:
-        bits: 4 or 8.
-        signed: int8/int4 (weights, symmetric, zero point 0) or uint8/uint4 (activations, asymmetric).
+        bits: 4 or 8, for activations also 16.
+        signed: int8/int4 (weights, symmetric, zero point 0) or uint16/uint8/uint4 (activations, asymmetric).
         axis: the axis that has one scale a channel, or None for one scale in all.
     """
 
@@ -35,7 +35,7 @@ class QuantSpec:
     axis: int | None = None
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
+        if self.bits not in ((4, 8) if self.signed else (4, 8, 16)):
             raise OptionError(f"{self.bits} bits were asked for; vmq quantizes to 4 or 8")
 
     @property
@@ -52,7 +52,7 @@ class QuantSpec:
     def dtype(self) -> np.dtype[Any]:
         """The element type that says this width in a graph."""
         kinds: dict[tuple[int, bool], Any] = {(4, True): ml_dtypes.int4, (4, False): ml_dtypes.uint4,
-                                              (8, True): np.int8, (8, False): np.uint8}
+                                              (8, True): np.int8, (8, False): np.uint8, (16, False): np.uint16}
         kind: np.dtype[Any] = np.dtype(kinds[self.bits, self.signed])
         return kind
 
@@ -61,10 +61,10 @@ class QuantSpec:
         """The grid that a zero point's element type stands for.
 
         Raises:
-            KeyError: the type is none of int4, uint4, int8, uint8.
+            KeyError: the type is none of int4, uint4, int8, uint8, uint16.
         """
-        bits, signed = {"int4": (4, True), "uint4": (4, False), "int8": (8, True), "uint8": (8, False)}[
-            np.dtype(dtype).name]
+        bits, signed = {"int4": (4, True), "uint4": (4, False), "int8": (8, True), "uint8": (8, False),
+                        "uint16": (16, False)}[np.dtype(dtype).name]
         return cls(bits, signed, axis)
 
 
@@ -79,15 +79,16 @@ class Bits:
     """Nominal widths of the operands of Conv, MatMul and Gemm.
 
     Attributes:
-        weights, activations: 4 or 8.
+        weights: 4 or 8.
+        activations: 4 or 8; 16 for single layers where a target needs it.
     """
 
     weights: int
     activations: int
 
     def __post_init__(self) -> None:
-        for bits in (self.weights, self.activations):
-            if bits not in (4, 8):
+        for bits, known in ((self.weights, (4, 8)), (self.activations, (4, 8, 16))):
+            if bits not in known:
                 raise OptionError(f"{bits} bits were asked for; vmq quantizes to 4 or 8")
 
     @classmethod
@@ -332,7 +333,8 @@ class Options:
     """Everything that decides what a compile writes.
 
     Attributes:
-        bits, recipe, effort, target, container, seed: see their types.
+        bits, recipe, effort, target, seed: see their types.
+        container: how 4-bit weights are stored; empty: the target's best way.
         size: (height, width) in pixels that free dimensions are bound to; None keeps a static model's.
         downsample_ratio: what an input for the ratio is bound to, in (0, 1].
         keep: width of layers that stay wider (or become narrower) than nominal, by `KEEPABLE` or node name.
@@ -344,7 +346,7 @@ class Options:
     recipe: Recipe = field(default_factory=lambda: Recipe("plain"))
     effort: Effort = EFFORTS["standard"]
     target: Target = field(default_factory=lambda: TARGETS["cpu"])
-    container: str = "int4cast"
+    container: str = ""
     size: tuple[int, int] | None = None
     downsample_ratio: float | None = None
     keep: Mapping[str, int] = field(default_factory=dict)
@@ -355,6 +357,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
             raise OptionError(f"--device {self.device} is not known; give one of {', '.join(DEVICES)}")
+        if not self.container:
+            object.__setattr__(self, "container", self.target.containers[0])
         if self.container not in self.target.containers:
             raise OptionError(f"--container {self.container} is not known for --target {self.target.name}; give one of "
                               f"{', '.join(self.target.containers)}")

@@ -31,19 +31,25 @@ class Target:
         forms: operators without an integer kernel that are written as some that have one (passes/integer_forms.py).
         movers: operators that hand on their input's integers unchanged, under the input's scale.
         absorbed: operators that vanish into the quantizer after them when they follow a compute node.
-        integer_layout: lay integers out as ONNX Runtime's CPU kernels are fast with them.
+        integer_layout: lay channels and integers out as ONNX Runtime's CPU kernels are fast with them.
+        wide: bits of what 8 are too few for, which is what follows the last layer and averages whose difference is
+            taken; None: it stays float.
+        saturates: what keeps a 4-bit activation within its 16 levels: "uint8", a Clip of the integers, or "float", a
+            Clip of the float value between two Q/DQ pairs.
         containers: how 4-bit weights may be stored, the best first (passes/lower.py says what each is).
     """
 
     name: str
     compute: Mapping[str, Operands]
     carriers: frozenset[str]
-    pools: frozenset[str]
-    forms: frozenset[str]
     movers: frozenset[str]
     absorbed: frozenset[str]
-    integer_layout: bool
     containers: tuple[str, ...]
+    pools: frozenset[str] = frozenset()
+    forms: frozenset[str] = frozenset()
+    integer_layout: bool = False
+    saturates: str = "uint8"
+    wide: int | None = None
 
 
 _LAYERS: Mapping[str, Operands] = MappingProxyType({
@@ -64,6 +70,28 @@ TARGETS: Mapping[str, Target] = MappingProxyType({t.name: t for t in (
         absorbed=frozenset({"Relu"}),
         integer_layout=True,
         containers=("int4cast", "int8", "int4"),
+    ),
+    # What the HTP backend of the QNN execution provider (2.7) takes; tools/check_qnn is the judge. Nothing stays float.
+    Target(
+        name="qnn",
+        compute=_LAYERS,
+        carriers=frozenset({
+            "Add", "Sub", "Mul", "Div", "Concat", "AveragePool", "GlobalAveragePool", "ReduceMean", "Resize", "Sigmoid",
+            "HardSigmoid", "HardSwish", "Tanh", "LeakyRelu", "Clip"}),
+        movers=frozenset({"Split", "Slice", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "MaxPool"}),
+        absorbed=frozenset({"Relu"}),
+        wide=16,
+        saturates="float",
+        containers=("int4", "int4cast", "int8"),
+    ),
+    # OpenVINO's CPU plugin: a function behind a layer works on its sums, before they are rounded.
+    Target(
+        name="openvino",
+        compute=_LAYERS,
+        carriers=frozenset({"Add", "Sub", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Resize", "LeakyRelu"}),
+        movers=frozenset({"Split", "Slice", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "MaxPool"}),
+        absorbed=frozenset({"Relu", "HardSwish", "HardSigmoid", "Sigmoid", "Tanh", "Clip"}),
+        containers=("int4cast", "int8"),
     ),
 )})
 """What `--target` names."""

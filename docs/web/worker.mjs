@@ -11,7 +11,7 @@ import { readMetadata } from "./metadata.mjs";
 ort.env.wasm.wasmPaths = new URL("./ort/", import.meta.url).href;
 ort.env.logLevel = "error";
 
-let session, pairs, frame, alpha, foreground, feeds;
+let session, pairs, grids, frame, alpha, foreground, feeds;
 
 onmessage = async ({ data }) => {
     try {
@@ -34,6 +34,7 @@ async function load(bytes, threads) {
     session = undefined;
     const created = await ort.InferenceSession.create(bytes, { graphOptimizationLevel: "all" });
     pairs = JSON.parse(metadata["vmq.states"]);
+    grids = JSON.parse(metadata["vmq.quantized_states"] ?? "{}");
     const sources = Object.values(pairs), is = (shape, like) => shape.join() === like.join();
     frame = created.inputMetadata.find(i => !(i.name in pairs) && i.shape.length === 4 && i.shape[1] === 3);
     if (!frame) throw new Error("the model has no input that takes a picture, [1,3,H,W]");
@@ -53,9 +54,13 @@ async function load(bytes, threads) {
 // Zeros everywhere; inputs that are neither frame nor state are a downsample ratio that is bound already.
 function reset() {
     feeds = {};
-    for (const { name, shape } of session.inputMetadata) {
-        feeds[name] = new ort.Tensor("float32", new Float32Array(shape.reduce((a, b) => a * b, 1)), shape);
-    }
+    for (const { name, shape } of session.inputMetadata) feeds[name] = first(name, shape);
+}
+
+function first(name, shape) {
+    const count = shape.reduce((a, b) => a * b, 1), grid = grids[name];
+    return grid ? new ort.Tensor("uint8", new Uint8Array(count).fill(grid.zero_point), shape)
+        : new ort.Tensor("float32", new Float32Array(count), shape);
 }
 
 async function matte(rgba) {

@@ -26,13 +26,21 @@ std::map<std::string, std::string> pairs_of(const std::string& json) {
     return pairs;
 }
 
+// What a state that is uint8 begins with, from {"r1i": {"scale": 0.02, "zero_point": 117}, ...}.
+int zero_point_of(const std::string& json, const std::string& state) {
+    const size_t at = json.find("\"zero_point\":", json.find('"' + state + '"'));
+    return at == std::string::npos ? 0 : std::stoi(json.substr(at + 13));
+}
+
 int run(const char* path) {
     Ort::Env env(ORT_LOGGING_LEVEL_WARNING, "matte");
     Ort::Session session(env, path, Ort::SessionOptions{});
     Ort::AllocatorWithDefaultOptions allocator;
-    const auto text = session.GetModelMetadata().LookupCustomMetadataMapAllocated("vmq.states", allocator);
+    const auto metadata = session.GetModelMetadata();
+    const auto text = metadata.LookupCustomMetadataMapAllocated("vmq.states", allocator);
     if (!text) throw std::runtime_error("the file has no vmq.states: it was not compiled by vmq");
     const auto pairs = pairs_of(text.get());
+    const auto grids = metadata.LookupCustomMetadataMapAllocated("vmq.quantized_states", allocator);
     std::map<std::string, std::string> state_of;                                  // output -> the input it feeds
     for (const auto& [input, output] : pairs) state_of[output] = input;
 
@@ -43,11 +51,16 @@ int run(const char* path) {
     size_t frame = 0, alpha = 0;
     for (size_t i = 0; i < session.GetInputCount(); ++i) {
         input_names.emplace_back(session.GetInputNameAllocated(i, allocator).get());
-        const auto shape = session.GetInputTypeInfo(i).GetTensorTypeAndShapeInfo().GetShape();
+        const auto type = session.GetInputTypeInfo(i);
+        const auto shape = type.GetTensorTypeAndShapeInfo().GetShape();
+        const auto element = type.GetTensorTypeAndShapeInfo().GetElementType();
         if (!pairs.count(input_names[i]) && shape.size() == 4 && shape[1] == 3) frame = i;
-        feeds.push_back(Ort::Value::CreateTensor<float>(allocator, shape.data(), shape.size()));
+        feeds.push_back(Ort::Value::CreateTensor(allocator, shape.data(), shape.size(), element));
         const size_t count = feeds[i].GetTensorTypeAndShapeInfo().GetElementCount();
-        std::fill_n(feeds[i].GetTensorMutableData<float>(), count, 0.0f);
+        if (element == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8)
+            std::fill_n(feeds[i].GetTensorMutableData<uint8_t>(), count, zero_point_of(grids.get(), input_names[i]));
+        else
+            std::fill_n(feeds[i].GetTensorMutableData<float>(), count, 0.0f);
     }
     const auto size = feeds[frame].GetTensorTypeAndShapeInfo().GetShape();
     for (size_t i = 0; i < session.GetOutputCount(); ++i) {

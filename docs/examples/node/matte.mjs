@@ -8,7 +8,9 @@ import { readMetadata } from "./metadata.mjs";
 
 const path = process.argv[2];
 const session = await ort.InferenceSession.create(path);
-const pairs = JSON.parse(readMetadata(readFileSync(path))["vmq.states"]);        // {"r1i": "r1o", ...}
+const metadata = readMetadata(readFileSync(path));
+const pairs = JSON.parse(metadata["vmq.states"]);                                // {"r1i": "r1o", ...}
+const grids = JSON.parse(metadata["vmq.quantized_states"] ?? "{}");              // of states that are uint8
 
 // The frame is the input [1,3,H,W] that is no state, alpha the output [1,1,H,W] that is none.
 const frame = session.inputMetadata.find(i => !(i.name in pairs) && i.shape.length === 4 && i.shape[1] === 3);
@@ -18,9 +20,7 @@ const alpha = session.outputMetadata.find(o => !Object.values(pairs).includes(o.
 
 // Before the first frame every state is zero; other inputs (a downsample ratio that is bound already) are ignored.
 const feeds = {};
-for (const { name, shape } of session.inputMetadata) {
-    feeds[name] = new ort.Tensor("float32", new Float32Array(shape.reduce((a, b) => a * b, 1)), shape);
-}
+for (const { name, shape } of session.inputMetadata) feeds[name] = first(name, shape);
 
 const size = 3 * height * width;
 let buffered = Buffer.alloc(0);
@@ -40,4 +40,10 @@ async function matte(rgb) {
     const outputs = await session.run(feeds);
     for (const [state, source] of Object.entries(pairs)) feeds[state] = outputs[source];
     return Uint8Array.from(outputs[alpha.name].data, a => Math.floor(a * 255 + 0.5));
+}
+
+function first(name, shape) {
+    const count = shape.reduce((a, b) => a * b, 1), grid = grids[name];
+    return grid ? new ort.Tensor("uint8", new Uint8Array(count).fill(grid.zero_point), shape)
+        : new ort.Tensor("float32", new Float32Array(count), shape);
 }

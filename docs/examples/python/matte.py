@@ -10,7 +10,9 @@ import numpy as np
 import onnxruntime as ort
 
 session = ort.InferenceSession(sys.argv[1])
-pairs = json.loads(session.get_modelmeta().custom_metadata_map["vmq.states"])    # {"r1i": "r1o", ...}
+metadata = session.get_modelmeta().custom_metadata_map
+pairs = json.loads(metadata["vmq.states"])                                       # {"r1i": "r1o", ...}
+grids = json.loads(metadata.get("vmq.quantized_states", "{}"))                   # of states that are uint8
 
 # The frame is the input [1,3,H,W] that is no state, alpha the output [1,1,H,W] that is none.
 frame = next(i for i in session.get_inputs() if i.name not in pairs and len(i.shape) == 4 and i.shape[1] == 3)
@@ -20,6 +22,7 @@ alpha = next(o.name for o in session.get_outputs()
 
 # Before the first frame every state is zero; other inputs (a downsample ratio that is bound already) are ignored.
 feeds = {i.name: np.zeros(i.shape, np.float32) for i in session.get_inputs()}
+feeds |= {state: np.full(feeds[state].shape, grid["zero_point"], np.uint8) for state, grid in grids.items()}
 names = [o.name for o in session.get_outputs()]
 
 while len(rgb := sys.stdin.buffer.read(3 * height * width)) == 3 * height * width:

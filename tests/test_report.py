@@ -1,0 +1,310 @@
+"""What a dump shows: numbers that can be checked by hand, and a planted fault named first, by report and by blame."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from compiling import clips, network
+from tiny_matting import save_pictures
+from tiny_recurrent import read
+
+import vmq
+from vmq.blame import blame, closure_quantizers, masked, tensor_quantizers
+from vmq.cli import main
+from vmq.graph import Graph
+from vmq.loop_error import measure_loop
+from vmq.report import Inspection, inspect_dump
+from vmq.report_html import report_page
+from vmq.runtime import Session
+from vmq.tensors import BINS, measure_tensors
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dump of a W8A8 compile of a small recurrent network."""
+    folder = tmp_path_factory.mktemp("report")
+    for clip in clips(2, 10):
+        save_pictures(folder / "footage" / clip.name, clip.frames())
+    vmq.compile(network(), calib=[folder / "footage"], dump=folder / "dump", command="vmq compile <net>.onnx")
+    return folder / "dump"
+
+
+@pytest.fixture(scope="module")
+def seen(dump: Path) -> Inspection:
+    return inspect_dump(dump, with_blame=True)
+
+
+@pytest.fixture(scope="module")
+def graphs(dump: Path) -> tuple[Graph, Graph, dict[str, list[str]]]:
+    """Float graph, compiled graph, closures."""
+    parts = json.loads(next(dump.glob("*_find_closures.json")).read_text())["report"]["blocks"]
+    return (Graph.load(next(dump.glob("*_align_channels.onnx"))), Graph.load(next(dump.glob("*_lower.onnx"))),
+            {b["name"]: b["nodes"] for b in parts})
+
+
+@pytest.fixture(scope="module")
+def faulty(dump: Path, tmp_path_factory: pytest.TempPathFactory) -> Inspection:
+    """The same dump with one scale, of a gate of the GRU, 8 times too large from one pass on."""
+    folder = tmp_path_factory.mktemp("faulty") / "dump"
+    shutil.copytree(dump, folder)
+    for path in (*folder.glob("*_quantize_biases.onnx"), *folder.glob("*_lower.onnx")):
+        graph = Graph.load(path)
+        quantizer = next(n for n in graph.value("g").outputs if n.op == "QuantizeLinear")
+        quantizer.inputs[1].values = np.asarray(quantizer.inputs[1].values * np.float32(8.0))
+        graph.save(path)
+    return inspect_dump(folder, with_blame=True)
+
+
+# ------------------------------------------------------------------------------------------------- the fault
+
+
+def test_a_planted_fault_is_named_first(faulty: Inspection, graphs: tuple[Graph, Graph, dict[str, list[str]]]) -> None:
+    first = faulty.findings[0]
+    assert (first.about, first.name) == ("tensor", "g")
+    assert "Pass quantize_biases made its range 8 times as wide" in first.says
+    assert first.says in faulty.lines()[0]
+    row = next(t for t in faulty.tensors if t.name == "g")
+    maker = graphs[0].value("g").inputs[0].name
+    assert row.closure == next(name for name, nodes in graphs[2].items() if maker in nodes)
+    assert row.misfit_db == pytest.approx(18.06, abs=1.5)          # 20 log10 8: the noise of steps 8 times as large
+    assert row.misfit_db == max(t.misfit_db for t in faulty.tensors if t.misfit_db is not None)
+    assert any(f.about == "pass" and f.name == "quantize_biases" for f in faulty.findings)
+
+
+def test_blame_names_the_planted_fault_first(faulty: Inspection) -> None:
+    block = next(b for b in faulty.blocks if b.name == faulty.blame[0].name)
+    assert block.states == ["r"]
+    assert faulty.tensor_blame[0].name == "g"
+    assert max(faulty.tensor_blame, key=lambda b: b.gain).name == "g"
+    assert any(f.about == "closure" and f.name == block.name and " g " in f.says for f in faulty.findings)
+
+
+def test_nothing_is_unfit_without_a_fault(seen: Inspection) -> None:
+    assert not [f for f in seen.findings if "does not fit" in f.says or f.about == "pass"]
+    assert max(t.misfit_db for t in seen.tensors if t.misfit_db is not None) < 12.0
+
+
+# -------------------------------------------------------------------------------------------------- masking
+
+
+def test_masking_everything_gives_the_float_model_and_nothing_the_compiled_one(
+        graphs: tuple[Graph, Graph, dict[str, list[str]]]) -> None:
+    exact, ours, closures = graphs
+    everything = set().union(*closure_quantizers(ours, closures).values())
+    assert everything == {n.name for n in ours.nodes if n.op == "DequantizeLinear"}
+    before = ours.to_bytes()
+    for floats, same in ((everything, exact), (set[str](), ours)):
+        one, two = (Session(g, optimize=False, pairs={"r": "s"}) for g in (masked(ours, exact, floats), same))
+        for frame in clips(1, 4)[0].frames():
+            a, b = one.step(frame), two.step(frame)
+            for name in ("pha", "fgr", "s"):
+                np.testing.assert_array_equal(a[name], b[name])
+    assert ours.to_bytes() == before
+
+
+def test_the_quantizers_of_a_closure_fall_apart_into_those_of_its_tensors(
+        graphs: tuple[Graph, Graph, dict[str, list[str]]]) -> None:
+    exact, ours, closures = graphs
+    for name, nodes in closure_quantizers(ours, closures).items():
+        units = tensor_quantizers(ours, exact, closures, name)
+        assert sorted(n for unit in units.values() for n in unit) == sorted(nodes)
+        assert set(units) <= {v.name for v in exact.values()}
+
+
+def test_cost_and_gain_are_what_masks_give(graphs: tuple[Graph, Graph, dict[str, list[str]]]) -> None:
+    exact, ours, closures = graphs
+    frames = np.stack(list(clips(1, 3)[0].frames()))
+    units = closure_quantizers(ours, closures)
+    name = list(units)[1]
+    found, = blame(ours, exact, {name: units[name]}, frames)
+    everything = {n.name for n in ours.nodes if n.op == "DequantizeLinear"}
+
+    def error(graph: Graph) -> float:
+        a, b = (np.stack(list(Session(g, pairs={"r": "s"}).alphas(frames))) for g in (graph, exact))
+        return float(np.abs(a - b).mean()) * 1e3
+
+    assert found.cost == pytest.approx(error(masked(ours, exact, everything - units[name])), rel=1e-6)
+    assert found.gain == pytest.approx(error(ours) - error(masked(ours, exact, units[name])), rel=1e-6)
+    assert found.cost > 0.0
+
+
+# -------------------------------------------------------------------------------------------------- tensors
+
+PLAIN = """(float[1,3,8,8] src, float[1,3,1,1] wc) => (float[1,1,8,8] pha) {
+    y = Mul (src, wc)
+    pha = ReduceMax <keepdims = 1> (y, waxis)
+}"""
+
+
+def test_numbers_of_a_tensor_by_hand() -> None:
+    exact = read(PLAIN.replace("float[1,3,1,1] wc", "float[1,3,1,1] wc, int64[1] waxis"))
+    exact.value("waxis").values = np.array([1])
+    exact.value("wc").values = np.ones((1, 3, 1, 1), np.float32)
+    exact.infer_shapes()
+    ours = exact.copy()
+    y, pha = ours.value("y"), ours.nodes[-1]
+    scale, zero = ours.constant("scale", np.array(0.05, np.float32)), ours.constant("zero", np.array(0, np.uint8))
+    integers = ours.add("QuantizeLinear", [y, scale, zero], "y_q", {}, y.shape, np.uint8)
+    pha.inputs[0] = ours.add("DequantizeLinear", [integers, scale, zero], "y_dq", {}, y.shape)
+    ours.sort()
+    frames = np.zeros((2, 3, 8, 8), np.uint8)
+    frames[1] = np.arange(192, dtype=np.uint8).reshape(3, 8, 8)
+    row = next(t for t in measure_tensors(exact, ours, {}, frames) if t.name == "y")
+    values = frames.astype(np.float32) / 255.0
+    rounded = np.rint(values / np.float32(0.05)) * np.float32(0.05)
+    expected = 10 * np.log10((values.astype(float) ** 2).sum() / ((values - rounded).astype(float) ** 2).sum())
+    assert row.sqnr_db == pytest.approx(expected, abs=0.01)
+    assert row.own_db == pytest.approx(expected, abs=0.01)
+    assert (row.bits, row.levels, row.used) == (8, 256, len(np.unique(np.rint(values / np.float32(0.05)))))
+    assert (row.low, row.high) == (0.0, pytest.approx(12.75))
+    assert row.clipped == 0.0
+    assert row.misfit_db is not None
+    assert row.misfit_db > 15.0                                  # steps of 0.05 where 1/255 would do
+    assert len(row.histogram) == BINS
+    assert sum(row.histogram) == pytest.approx(1.0, abs=0.01)
+    assert not any(row.histogram[:BINS // 6])                    # nothing below 0
+
+
+def test_rows_of_weights(seen: Inspection) -> None:
+    weights = {t.name: t for t in seen.tensors if t.kind == "weight"}
+    assert {"w0", "w1", "w2", "w3", "w4", "w6", "w7", "w8"} <= set(weights)
+    for row in weights.values():
+        assert row.flips == 0.0                                  # nothing is learned at W8A8
+        assert row.own_db is not None
+        assert row.own_db > 30.0
+
+
+def test_every_quantized_tensor_has_its_closure(seen: Inspection) -> None:
+    names = {b.name for b in seen.blocks}
+    assert all(t.closure in names for t in seen.tensors if t.bits is not None)
+    assert {t.name for t in seen.tensors if t.bits is not None} >= {"src", "r", "g", "s", "a", "w0"}
+
+
+# ------------------------------------------------------------------------------------------------ over time
+
+
+def test_exact_states_leave_the_open_loop(graphs: tuple[Graph, Graph, dict[str, list[str]]]) -> None:
+    exact, ours, _ = graphs
+    frames = np.stack(list(clips(1, 6)[0].frames()))
+    found = measure_loop(exact, ours, frames)
+    assert found.states == {"r": found.open}                     # of one state, alone is all
+    assert found.closed[0] == found.open[0]                      # both begin with zeros
+    assert found.closed[1:] != found.open[1:]
+    assert found.through == {"r": pytest.approx(1 - np.mean(found.open) / np.mean(found.closed))}
+    assert found.closed[3] == pytest.approx(float(np.abs(found.ours[3] - found.exact[3]).mean()) * 1e3, rel=1e-4)
+    same = measure_loop(exact, exact, frames)
+    assert same.closed == same.open == [0.0] * 6
+    assert same.through == {"r": 0.0}
+
+
+# ----------------------------------------------------------------------------------------------------- page
+
+
+class Page(HTMLParser):
+    """Collects what a page is made of; complains about tags that do not close."""
+
+    VOID = frozenset({"meta", "link", "img", "br", "input", "path", "circle"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.ids: list[str] = []
+        self.text: dict[str, list[str]] = {}
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.ids += [v for k, v in attrs if k == "id" and v]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open:
+            self.text.setdefault(self.open[-1], []).append(data)
+
+
+@pytest.fixture(scope="module")
+def page(seen: Inspection) -> str:
+    return report_page(seen)
+
+
+def test_the_page_is_whole_and_needs_nothing(page: str) -> None:
+    found = Page(page)
+    assert len(found.ids) == len(set(found.ids))
+    assert {"answer", "pictures", "pipeline", "closures", "time", "tensors", "wider", "reproduce"} <= set(found.ids)
+    for tag, attrs in found.tags:
+        source = attrs.get("src") or (attrs.get("href") if tag == "link" else None) or "data:"
+        assert source.startswith("data:"), (tag, attrs)
+        if tag == "a":
+            assert str(attrs["href"])[1:] in found.ids
+        if tag == "img":
+            assert attrs["alt"]
+    assert "http" not in page.replace("http-equiv", "")
+    assert "@import" not in page
+    assert "url(" not in page
+    assert page.count("<h1") == 1
+    assert "&lt;net&gt;.onnx" in page                            # what users typed is text, not markup
+
+
+def test_the_page_says_what_json_says(page: str, seen: Inspection) -> None:
+    data = json.loads(page.partition('<script type="application/json" id="data">')[2].partition("</script>")[0])
+    assert data == json.loads(json.dumps(seen.to_json()))
+    for entry in seen.passes:
+        assert f">{entry['name']}</th>" in page
+        if entry["alpha_MAD"] is not None:
+            assert f'<td class="n">{entry["alpha_MAD"]:.3f}</td>' in page
+    rows = page.partition('id="tensor-table"')[2].partition("</table>")[0]
+    assert rows.count("<tr data-text") == len(seen.tensors)
+    for tensor in seen.tensors[:10]:
+        assert f'data-v="{tensor.sqnr_db:.6g}">{tensor.sqnr_db:.1f}<' in rows
+    for closure in seen.blame:
+        assert f'data-v="{closure.cost:.6g}">{closure.cost:.3f}<' in page
+        assert f'data-v="{closure.gain:.6g}">{closure.gain:.3f}<' in page
+    assert page.index(seen.findings[0].says.split("`")[0][:40]) < page.index("<nav")    # the answer comes first
+
+
+def test_the_command_writes_page_and_json(dump: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(dump), "-q", "--json", "--html", str(tmp_path / "page.html")]) == 0
+    said = json.loads(capsys.readouterr().out)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert json.loads(page.partition('id="data">')[2].partition("</script>")[0]) == said
+    assert said["blame"] == []
+    assert main(["inspect", str(dump), "-q", "--html", str(tmp_path / "no" / "page.html")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_a_browser_shows_it_without_complaints(page: str, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(page, encoding="utf-8")
+    done = run_browser(tmp_path)
+    assert "CONSOLE" not in done.stderr
+    rows = page.count("<tr data-text")
+    assert f"{rows} of {rows} shown" in done.stdout               # the script ran
+
+
+def run_browser(folder: Path) -> Any:
+    """Let Chromium load folder/page.html and print what became of it."""
+    return subprocess.run(
+        [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync",
+         "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr",
+         "--timeout=20000", "--dump-dom", (folder / "page.html").as_uri()],
+        capture_output=True, text=True, timeout=120, check=True)

@@ -1,0 +1,161 @@
+"""Blame: how much of the alpha error each closure causes, measured by taking its quantizers out.
+
+For a closure K of the compiled graph, with d(...) the mean |alpha - float alpha| x 1e3 in closed loop:
+
+    cost(K) = d(K alone quantized, everything else in float)
+    gain(K) = d(everything quantized) - d(everything but K quantized)
+
+Gains say what there is to win by keeping K wider, costs where error would come from in a network that is otherwise
+exact. The two differ because errors cancel and saturate, and because learned layers make up for what layers before
+them lost: costs are not shares of the whole error. Masking a closure bypasses
+the Q/DQ pairs behind its tensors and gives its layers the float model's weights and biases. What is left is a QDQ
+model like any other, and ONNX Runtime runs it. A tensor belongs to the closure that makes it; weights, the frame and
+the states to the closure that reads them first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vmq.graph import Constant, Graph
+from vmq.layers import homes, quantizer_of
+from vmq.runtime import Session
+
+Frames = NDArray[np.uint8]
+"""A clip, [T,3,H,W] RGB."""
+
+
+@dataclass(frozen=True)
+class Blame:
+    """What one closure, or one tensor, does to alpha; all in mean |alpha - float alpha| x 1e3.
+
+    Attributes:
+        name: its name.
+        cost: error when it alone is quantized.
+        gain: by how much the error falls when it alone is kept in float.
+    """
+
+    name: str
+    cost: float
+    gain: float
+
+    def to_json(self) -> dict[str, Any]:
+        """In plain JSON types."""
+        return asdict(self)
+
+
+def blame(quantized: Graph, reference: Graph, units: Mapping[str, Collection[str]], frames: Frames, *,
+          session: Mapping[str, Any] | None = None, progress: Callable[[float], None] = lambda _share: None,
+          ) -> list[Blame]:
+    """Cost and gain of every closure (or whatever the units are); where most is to gain first.
+
+    Args:
+        quantized: the compiled model.
+        reference: the float model it was made from, with the same names of nodes.
+        units: names of the DequantizeLinear nodes of each, as `closure_quantizers` gives them.
+        frames: a clip that both run over in closed loop.
+        session: further arguments of `Session`, such as state pairs.
+        progress: called with the share done.
+    """
+    how = dict(session or {})
+    want = _alphas(reference, frames, how)
+    everything = {n.name for n in quantized.nodes if n.op == "DequantizeLinear"}
+
+    def error(floats: Collection[str]) -> float:
+        return float(np.abs(_alphas(masked(quantized, reference, floats), frames, how) - want).mean()) * 1e3
+
+    whole = error(())
+    found = []
+    for index, (name, nodes) in enumerate(units.items()):
+        alone = error(everything.difference(nodes))
+        progress((index + 0.5) / len(units))
+        found.append(Blame(name, alone, whole - error(nodes)))
+        progress((index + 1) / len(units))
+    return sorted(found, key=lambda b: (-b.gain, b.name))
+
+
+def closure_quantizers(quantized: Graph, closures: Mapping[str, Collection[str]]) -> dict[str, set[str]]:
+    """The DequantizeLinear nodes that belong to each closure.
+
+    Args:
+        quantized: a graph.
+        closures: names of each closure's nodes, by the closure's name, in topological order.
+    """
+    names = list(closures)
+    home = homes(quantized, list(closures.values()))
+    units = {name: set[str]() for name in names}
+    for node in quantized.nodes:
+        if node.op == "DequantizeLinear":
+            units[names[home[node.name]]].add(node.name)
+    return units
+
+
+def tensor_quantizers(quantized: Graph, reference: Graph, closures: Mapping[str, Collection[str]], name: str,
+                      ) -> dict[str, set[str]]:
+    """The DequantizeLinear nodes of each tensor of the closure called `name`, by the tensor's name in the float graph.
+
+    A layer's bias belongs to its weight.
+    """
+    twins = {n.name: n for n in reference.nodes}
+    known = {v.name for v in reference.values()}
+    within = closure_quantizers(quantized, closures)[name]
+    units: dict[str, set[str]] = {}
+    for node in quantized.nodes:
+        if node.name not in within:
+            continue
+        value, chain = node.outputs[0], [node.outputs[0].name]
+        while value.inputs and value.inputs[0].op in ("QuantizeLinear", "DequantizeLinear", "Clip", "Cast") \
+                and value.inputs[0].name not in twins:
+            value = value.inputs[0].inputs[0]
+            chain.append(value.name)
+        if isinstance(value, Constant):
+            twin = twins.get(node.outputs[0].outputs[0].name) if node.outputs[0].outputs else None
+            constants = [v.name for v in twin.inputs if isinstance(v, Constant)] if twin is not None else []
+            units.setdefault((constants or [value.name])[0], set()).add(node.name)
+        else:
+            units.setdefault(next((n for n in reversed(chain) if n in known), value.name), set()).add(node.name)
+    return units
+
+
+def masked(quantized: Graph, reference: Graph, floats: Collection[str]) -> Graph:
+    """A copy of a quantized graph in which these nodes compute in float.
+
+    Args:
+        quantized: is left as it is.
+        reference: the float graph, with the same names of nodes.
+        floats: names of nodes; of a DequantizeLinear among them, the pair that it ends is bypassed.
+    """
+    graph, twins = quantized.copy(), {n.name: n for n in reference.nodes}
+    constants: dict[str, Any] = {}
+    for node in graph.nodes:
+        if node.op != "DequantizeLinear" or node.name not in floats:
+            continue
+        result = node.outputs[0]
+        quantizer = quantizer_of(node)
+        if quantizer is not None and not isinstance(quantizer[0].inputs[0], Constant):
+            graph.replace_uses(result, quantizer[0].inputs[0])
+            continue
+        for reader in list(result.outputs):            # a stored weight, a bias, or a constant operand
+            index = next(i for i, v in enumerate(reader.inputs) if v is result)
+            twin = twins.get(reader.name)
+            if twin is None:
+                continue
+            if index >= len(twin.inputs):              # a bias that came in with the correction of means
+                del reader.inputs[index]
+            elif isinstance(twin.inputs[index], Constant):
+                exact = twin.inputs[index]
+                if exact.name not in constants:
+                    constants[exact.name] = graph.constant(exact.name, np.asarray(exact.values))
+                reader.inputs[index] = constants[exact.name]
+    graph.cleanup()
+    graph.sort()
+    return graph
+
+
+def _alphas(graph: Graph, frames: Frames, how: Mapping[str, Any]) -> NDArray[np.float32]:
+    return np.stack(list(Session(graph, **how).alphas(frames)))
