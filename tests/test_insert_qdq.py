@@ -48,6 +48,8 @@ def test_at_4_bits_layers_read_4_and_carriers_read_8():
     assert quantizers(graph, "a") == ["uint8", "uint4"]    # read by a layer and by the residual Add
     for name in ("pool", "f2", "c", "joined", "xr", "xk"):
         assert quantizers(graph, name) == ["uint4"], name  # read by a layer alone
+    for name in ("d", "kept"):
+        assert quantizers(graph, name) == ["uint4"], name  # read by a Concat alone, and what it joins by such a layer
     for name in ("f3", "gate", "n", "new", "gates", "delta", "move"):
         assert quantizers(graph, name) == ["uint8"], name  # read by carriers alone
     widths = {n.inputs[1].inputs[0].inputs[2].dtype.name for n in graph.nodes if n.op == "Conv"}
