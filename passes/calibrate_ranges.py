@@ -24,7 +24,6 @@ from vmq.quant import FUNCTIONS, search_range, search_weight_scale
 from vmq.runtime import Session
 from vmq.spec import QuantSpec
 
-
 MANTISSA = 12
 """Significant bits of a scale."""
 

@@ -36,7 +36,7 @@ class IntegerForms(Pass):
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         counts: dict[str, int] = {}
-        for node in list(graph.nodes):
+        for node in sorted(graph.nodes, key=lambda n: not _moves_scale(n)):    # before others copy that scale
             form = _FORMS.get(node.op) if node.op in context.options.target.forms else None
             if form is not None and form(graph, node):
                 counts[node.op] = counts.get(node.op, 0) + 1
@@ -97,7 +97,9 @@ def _sub(graph: Graph, node: Any) -> bool:
         count = min(np.floor(constant / scale * (1.0 + 1e-6)), 255 - zero)
         if constant <= 0.0 or count < 1:
             return False
-        if count != constant / scale:
+        if abs(count * scale - constant) > 1e-6 * constant:
+            if any(r.op == "Mul" and _one_number(r.inputs[1]) == -1.0 for r in second.outputs):
+                return False                   # another number has its steps already
             read.inputs[1].values = np.asarray(constant / count, np.float32)
     scale, zero = _scale(read), _zero(read)
     opposite = graph.add("Mul", [second, _number(graph, -1.0)], f"{second.name}_opposite", shape=second.shape)
@@ -107,6 +109,11 @@ def _sub(graph: Graph, node: Any) -> bool:
     else:
         _hand_on(graph, node, _dequantize(graph, written, scale, 255 - zero - round(constant / scale)))
     return True
+
+
+def _moves_scale(node: Any) -> bool:
+    """True for `c - x`, which fits the scale of x to c."""
+    return node.op == "Sub" and _one_number(node.inputs[0]) is not None
 
 
 def _resize(graph: Graph, node: Any) -> bool:
@@ -141,13 +148,12 @@ def _read(value: Any) -> Any:
 
 def _hand_on(graph: Graph, node: Any, result: Any) -> None:
     """Let a dequantized value stand for a node's result, without the 8-bit quantizers that follow it."""
-    y = node.outputs[0]
+    y, maker, name = node.outputs[0], result.inputs[0], node.name
     graph.remove(node)
+    maker.outputs[0], maker.name = y, name     # it takes over y and the node's name: it stands for the same
     for quantize in [r for r in y.outputs if r.op == "QuantizeLinear" and np.dtype(r.inputs[2].dtype) == np.uint8]:
         for dequantize in list(quantize.outputs[0].outputs):
             graph.replace_uses(dequantize.outputs[0], y)
-    maker = result.inputs[0]                   # it takes over y and the node's name: it stands for the same
-    maker.outputs[0], maker.name = y, node.name
     y.shape = y.shape or result.shape
 
 

@@ -33,7 +33,7 @@ class PackColumns(Pass):
         packed = 0
         context.found[self.name] = graph.copy()        # integer kernels give the same bits; float sums round otherwise
         for node in list(graph.nodes):
-            write = _written(node) if context.options.target.integer_layout else None
+            write = _written(graph, node) if context.options.target.integer_layout else None
             if write is not None:
                 _pack(graph, node, write)
                 packed += 1
@@ -43,7 +43,7 @@ class PackColumns(Pass):
         return PassResult(modified=packed)
 
 
-def _written(node: Any) -> Any:
+def _written(graph: Graph, node: Any) -> Any:
     """The quantizer behind a convolution that suits, perhaps behind a Relu; None where none is."""
     if node.op != "Conv" or node.attrs.get("group", 1) != 1 or len(node.outputs[0].outputs) != 1 \
             or node.attrs.get("auto_pad", "NOTSET") != "NOTSET" or any(d != 1 for d in node.attrs.get("dilations", [])):
@@ -57,7 +57,8 @@ def _written(node: Any) -> Any:
     reader = node.outputs[0].outputs[0]
     if reader.op == "Relu" and len(reader.outputs[0].outputs) == 1:
         reader = reader.outputs[0].outputs[0]
-    return reader if reader.op == "QuantizeLinear" else None
+    floats = (node.outputs[0], reader.inputs[0])
+    return reader if reader.op == "QuantizeLinear" and not any(o is v for o in graph.outputs for v in floats) else None
 
 
 def _integers(read: Any) -> NDArray[Any] | None:

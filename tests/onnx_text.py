@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,10 @@ import onnx.parser
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from passes.find_closures import Closures
 from vmq.graph import Graph
+from vmq.pipeline import Context, Pass, PassResult, run_passes
+from vmq.spec import Options
 
 
 def parse(text: str, opset: int = 21, ir_version: int = 10) -> onnx.ModelProto:
@@ -46,6 +50,54 @@ def run(model: Graph | onnx.ModelProto, feeds: Mapping[str, NDArray[Any]] | None
         feeds = {i.name: rng.normal(size=i.shape).astype(np.float32) for i in session.get_inputs()}
     names = [o.name for o in session.get_outputs()]
     return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+
+
+def run_optimized(model: Graph, feeds: Mapping[str, NDArray[Any]], path: Path) -> tuple[list[NDArray[Any]], set[str]]:
+    """All outputs of the optimized model in their order, and the operators that ONNX Runtime ran; `path` is scratch."""
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(path)
+    options.intra_op_num_threads, options.log_severity_level = 1, 4
+    session = ort.InferenceSession(model.to_bytes(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, dict(feeds)), {n.op_type for n in onnx.load(path).graph.node}
+
+
+def quantized(body: str, inputs: Mapping[str, Sequence[int]], outputs: Mapping[str, Sequence[int]],
+              grids: Mapping[str, tuple[float, int]]) -> Graph:
+    """A graph in which nodes stand between uint8 quantizers, with shapes inferred.
+
+    Args:
+        body: nodes that read `inputs` and make `outputs`, and may read the numbers `one` and `two`.
+        inputs, outputs: shapes by name; the model's own are `{name}_in` and `{name}_out`.
+        grids: scale and zero point of every one of them, by name.
+    """
+    def pair(source: str, name: str, result: str) -> str:
+        grid = f"{name}_scale, {name}_zero"
+        return f"{name}_q = QuantizeLinear ({source}, {grid})  {result} = DequantizeLinear ({name}_q, {grid})"
+
+    def listed(shapes: Mapping[str, Sequence[int]], suffix: str) -> str:
+        return ", ".join(f"float[{','.join(map(str, s))}] {n}{suffix}" for n, s in shapes.items())
+
+    constants = ", ".join(f"float {n}_scale = {{{scale!r}}}, uint8 {n}_zero = {{{zero}}}"
+                          for n, (scale, zero) in grids.items())
+    graph = load(f"""({listed(inputs, "_in")}) => ({listed(outputs, "_out")})
+        <{constants}, float one = {{1}}, float two = {{2}}> {{
+        {" ".join(pair(f"{n}_in", n, n) for n in inputs)}
+        {body}
+        {" ".join(pair(n, n, f"{n}_out") for n in outputs)}
+    }}""")
+    graph.infer_shapes()
+    return graph
+
+
+def apply(step: Pass, graph: Graph) -> PassResult:
+    """Run one pass on a graph, with the invariants that hold after every pass."""
+    return run_passes(graph, [step], Context(Options(), found={"find_closures": Closures((), ())}))[0]
+
+
+def short(scale: float) -> float:
+    """A scale in 12 significant bits, as calibration gives them."""
+    part, exponent = np.frexp(scale)
+    return float(np.ldexp(np.rint(np.ldexp(part, 12)), exponent - 12))
 
 
 def ops(graph: Graph) -> list[str]:

@@ -25,12 +25,46 @@ def number(value: Any) -> float:
     return float(np.asarray(value.values))
 
 
-def test_video_frames_are_exact():
+def test_video_frames_keep_their_steps():
+    """1/255 in 12 bits: every 8-bit value is still a step of its own."""
     graph = network()
     run_to("calibrate_ranges", graph, "4")
-    node = quantizer(graph, "src")
-    assert number(node.inputs[1]) == np.float32(1 / 255)
+    node = next(n for n in graph.value("src").outputs if n.op == "QuantizeLinear")
+    scale = number(node.inputs[1])
+    assert scale == pytest.approx(1 / 255, rel=2**-12)
     assert number(node.inputs[2]) == 0
+    levels = np.arange(256, dtype=np.float32) / np.float32(255)
+    assert np.array_equal(np.rint(levels / np.float32(scale)), np.arange(256))
+
+
+def test_scales_are_short():
+    """12 significant bits: steps times scale, their differences and quarters are exact in float32."""
+    graph = network()
+    run_to("calibrate_ranges", graph)
+    scales = np.concatenate([np.ravel(n.inputs[1].values) for n in graph.nodes if n.op == "QuantizeLinear"])
+    assert len(np.unique(scales)) > 20
+    parts = np.frexp(scales)[0] * 2**12
+    assert np.array_equal(parts, np.rint(parts))
+
+
+def test_one_range_holds_all_that_a_concat_joins():
+    """A part of small values and one of large ones share the grid of what is joined."""
+    graph = read("""(float[1,3,32,48] src, float[2,3,1,1] w0, float[2,3,1,1] w1, float[1,4,1,1] w2, float[2] w0b,
+                     float[2] w1b) => (float[1,1,32,48] pha) {
+        a = Conv (src, w0, w0b)
+        b = Conv (src, w1, w1b)
+        c = Concat <axis = 1> (a, b)
+        pha = Conv (c, w2)
+    }""")
+    for name, value, bias in (("w0", 0.1, -1.0), ("w1", 10.0, 0.0)):
+        graph.value(name).values = np.full((2, 3, 1, 1), value, np.float32)
+        graph.value(f"{name}b").values = np.full(2, bias, np.float32)
+    run_to("calibrate_ranges", graph)
+    grids = [quantizer(graph, n).inputs[1:3] for n in ("a", "b", "c")]
+    assert all(g[0] is grids[0][0] and g[1] is grids[0][1] for g in grids)
+    scale, zero = map(number, grids[0])
+    assert -1.3 < -zero * scale < -0.6                     # the whole of a, which b does not reach
+    assert 15.0 < (255 - zero) * scale < 32.0
 
 
 def test_warm_states_are_seen():

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from compiling import network, optimized_ops, run_to
 from tiny_recurrent import read
 
+from passes.find_closures import Closures
+from passes.insert_qdq import InsertQdq
 from vmq.errors import OptionError
 from vmq.graph import Graph
+from vmq.pipeline import Context, PassResult, run_passes
+from vmq.spec import Bits, Options
 
 
 def quantizers(graph: Graph, name: str) -> list[str]:
@@ -26,22 +32,25 @@ def quantizers(graph: Graph, name: str) -> list[str]:
 def test_at_8_bits_every_edge_of_an_integer_kernel_has_one_quantizer():
     graph = network()
     run_to("insert_qdq", graph)
-    for name in ("src", "r", "first", "a", "b", "pool", "f2", "gate", "c", "point", "d", "joined", "e", "xr", "g",
-                 "gates", "kept", "xk", "n", "delta", "move", "both"):
+    for name in ("r", "first", "a", "b", "pool", "f2", "f3", "gate", "c", "point", "d", "joined", "e", "xr", "g",
+                 "gates", "kept", "xk", "n", "new", "delta", "move", "both"):
         assert quantizers(graph, name) == ["uint8"], name
-    for name in ("deep", "f1", "mixed", "new", "head", "residual", "alpha", "shifted"):
-        assert quantizers(graph, name) == [], name       # before a Relu, between float operators, behind the last layer
+    for name in ("deep", "f1", "mixed", "head", "residual", "alpha", "shifted"):
+        assert quantizers(graph, name) == [], name       # before a Relu, behind the last layer
 
 
 def test_at_4_bits_layers_read_4_and_carriers_read_8():
     graph = network()
     run_to("insert_qdq", graph, "4")
-    assert quantizers(graph, "src") == ["uint8"]           # the first layer stays at 8 bits
+    first = graph.value("first").inputs[0]                 # the first layer stays at 8 bits
+    assert first.inputs[0].inputs[0].inputs[2].dtype.name == "uint8"
     assert quantizers(graph, "both") == ["uint8"]          # and the last
     assert quantizers(graph, "a") == ["uint8", "uint4"]    # read by a layer and by the residual Add
     for name in ("pool", "f2", "c", "joined", "xr", "xk"):
         assert quantizers(graph, name) == ["uint4"], name  # read by a layer alone
-    for name in ("d", "gates", "kept", "delta", "move"):
+    for name in ("d", "kept"):
+        assert quantizers(graph, name) == ["uint4"], name  # read by a Concat alone, and what it joins by such a layer
+    for name in ("f3", "gate", "n", "new", "gates", "delta", "move"):
         assert quantizers(graph, name) == ["uint8"], name  # read by carriers alone
     widths = {n.inputs[1].inputs[0].inputs[2].dtype.name for n in graph.nodes if n.op == "Conv"}
     assert widths == {"int4", "int8"}
@@ -56,6 +65,60 @@ def test_what_a_mover_hands_on_is_not_rounded_twice():
         behind = next(n for n in result.outputs if n.op == "QuantizeLinear")
         assert behind.inputs[1] is before.inputs[1]
         assert behind.inputs[2] is before.inputs[2]
+
+
+def grid_behind(value: Any) -> tuple[Any, Any]:
+    """Scale and zero point of the one quantizer behind a value."""
+    write, = [n for n in value.outputs if n.op == "QuantizeLinear"]
+    return write.inputs[1], write.inputs[2]
+
+
+def test_what_only_a_concat_reads_has_its_grid():
+    """Then the Concat moves integers: nothing is rounded a second time."""
+    graph = network()
+    run_to("insert_qdq", graph)
+    for part, joined in (("d", "joined"), ("kept", "xk")):
+        theirs, ours = grid_behind(graph.value(joined)), grid_behind(graph.value(part))
+        assert ours[0] is theirs[0], part
+        assert ours[1] is theirs[1], part
+
+
+def test_a_float_value_is_rounded_to_the_grid_of_each_concat_that_reads_it():
+    """The frame: to the Concat's grid for the Concat, and for what reads it in float not at all."""
+    graph = network()
+    run_to("insert_qdq", graph)
+    src = graph.value("src")
+    assert {r.op for r in src.outputs} == {"QuantizeLinear", "Add"}       # fgr = src + residual, in float
+    writes = {r.outputs[0].outputs[0].outputs[0].outputs[0].outputs[0].name: r for r in src.outputs
+              if r.op == "QuantizeLinear"}
+    assert len(writes) == 2
+    assert writes["joined"].inputs[1] is grid_behind(graph.value("joined"))[0]
+    other = next(w for n, w in writes.items() if n != "joined")
+    assert other.inputs[1] is not writes["joined"].inputs[1]
+
+
+POOLED = """(float[1,4,16,16] src, float[1,4,8,8] r, float[4,4,3,3] w0, float[4,4,1,1] w1, float[1,4,1,1] w2)
+            => (float[1,1,4,4] pha) {
+    half = AveragePool <kernel_shape = [2,2], strides = [2,2]> (src)
+    quarter = AveragePool <kernel_shape = [2,2], strides = [2,2]> (half)
+    a = Conv <pads = [1,1,1,1]> (half, w0)
+    b = Relu (a)
+    c = AveragePool <kernel_shape = [2,2], strides = [2,2]> (b)
+    d = Conv (quarter, w1)
+    e = Add (c, d)
+    pha = Conv (e, w2)
+}"""
+
+
+def test_pools_of_the_models_input_stay_float():
+    """A picture is pooled in float and quantized where a layer reads it; between layers pooling works on integers."""
+    graph = read(POOLED.replace("float[1,4,8,8] r, ", ""))
+    placed(graph)
+    assert quantizers(graph, "src") == []
+    assert [r.op for r in graph.value("half").outputs] == ["AveragePool", "QuantizeLinear"]
+    assert quantizers(graph, "quarter") == ["uint8"]
+    assert quantizers(graph, "b") == ["uint8"]
+    assert graph.value("c").inputs[0].inputs[0].inputs[0].op == "DequantizeLinear"
 
 
 def test_a_state_output_keeps_its_name_behind_its_quantizer():
@@ -92,6 +155,13 @@ def test_layers_that_stay_wider_are_named_and_can_be_chosen():
         run_to("insert_qdq", network(), keep={"nonsense": 8})
 
 
+def placed(graph: Graph) -> PassResult:
+    """Place quantizers in a network without states, and run nothing before."""
+    context = Context(Options(bits=Bits(8, 8)), found={"find_closures": Closures((), ())})
+    graph.infer_shapes()
+    return run_passes(graph, [InsertQdq()], context)[0]
+
+
 def test_a_variance_stays_float():
     graph = read("""(float[1,4,8,8] x, float[4,4,3,3] w0, float[4,1,3,3] w1, float[4,4,1,1] w2, float[1,4,1,1] w3)
                     => (float[1,1,8,8] pha) {
@@ -106,13 +176,7 @@ def test_a_variance_stays_float():
         pha = Conv (q, w3)
     }""")
     graph.value("w1").values = np.full((4, 1, 3, 3), 1 / 9, np.float32)
-    from passes.find_closures import Closures
-    from passes.insert_qdq import InsertQdq
-    from vmq.pipeline import Context, run_passes
-    from vmq.spec import Bits, Options
-    context = Context(Options(bits=Bits(8, 8)), found={"find_closures": Closures((), ())})
-    graph.infer_shapes()
-    result = run_passes(graph, [InsertQdq()], context)[0]
+    result = placed(graph)
     for name in ("y", "square", "mean", "mean_of_square", "square_of_mean"):
         assert quantizers(graph, name) == [], name
     assert quantizers(graph, "variance") == ["uint8"]

@@ -289,7 +289,8 @@ class Shadow(nn.Module):
     def _read_as(self, quantizer: FakeQuantize, scale: Any, zero: Any) -> Callable[[Tensor], Tensor]:
         """Integers that are read with another scale and zero point than they were written with, differentiably."""
         def run(x: Tensor) -> Tensor:
-            steps = quantizer(x) / grid_scale(quantizer.scale) + quantizer.grid_zero()
+            shift = quantizer.grid_zero() + (quantizer.zero - quantizer.zero.detach())     # straight through
+            steps = quantizer(x) / quantizer.scale.clamp(min=SMALLEST_SCALE) + shift
             return dequantize(steps, self.parameter(scale.name).clamp(min=SMALLEST_SCALE),
                               grid_zero(self.parameter(zero.name), self._zeros[zero.name][1]), None)
         return run
