@@ -18,6 +18,7 @@ from tiny_recurrent import read
 import vmq
 from vmq.blame import blame, closure_quantizers, masked, tensor_quantizers
 from vmq.cli import main
+from vmq.compare import MOST, compare_dumps
 from vmq.graph import Graph
 from vmq.loop_error import measure_loop
 from vmq.report import Inspection, inspect_dump
@@ -52,7 +53,7 @@ def graphs(dump: Path) -> tuple[Graph, Graph, dict[str, list[str]]]:
 
 
 @pytest.fixture(scope="module")
-def faulty(dump: Path, tmp_path_factory: pytest.TempPathFactory) -> Inspection:
+def faulty_dump(dump: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same dump with one scale, of a gate of the GRU, 8 times too large from one pass on."""
     folder = tmp_path_factory.mktemp("faulty") / "dump"
     shutil.copytree(dump, folder)
@@ -61,7 +62,12 @@ def faulty(dump: Path, tmp_path_factory: pytest.TempPathFactory) -> Inspection:
         quantizer = next(n for n in graph.value("g").outputs if n.op == "QuantizeLinear")
         quantizer.inputs[1].values = np.asarray(quantizer.inputs[1].values * np.float32(8.0))
         graph.save(path)
-    return inspect_dump(folder, with_blame=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def faulty(faulty_dump: Path) -> Inspection:
+    return inspect_dump(faulty_dump, with_blame=True)
 
 
 # ------------------------------------------------------------------------------------------------- the fault
@@ -204,6 +210,59 @@ def test_exact_states_leave_the_open_loop(graphs: tuple[Graph, Graph, dict[str, 
     same = measure_loop(exact, exact, frames)
     assert same.closed == same.open == [0.0] * 6
     assert same.through == {"r": 0.0}
+
+
+# --------------------------------------------------------------------------------------------- side by side
+
+
+def test_two_dumps_of_one_compile_and_a_fault(dump: Path, faulty_dump: Path) -> None:
+    found = compare_dumps(dump, faulty_dump)
+    assert found.settings == {}
+    assert found.same_clip
+    assert {c.name for c in found.worse} >= {"g", "gates", "reset", "update"}
+    assert all(c.gain == 0.0 for c in found.tensors if c.name in {"a", "d", "e", "x", "w0"})     # before the fault
+    assert found.worse == sorted(found.worse, key=lambda c: c.gain)
+    assert len(found.worse) <= MOST
+    scores = {name: (a, b) for name, a, b in found.passes}
+    assert scores["calibrate_ranges"][0] == scores["calibrate_ranges"][1]
+    assert scores["lower"][0] < scores["lower"][1]
+    assert found.alpha[0] < found.alpha[1]
+    assert found.verdict.name == str(dump)
+    assert str(dump) in found.lines()[0]
+
+
+def renamed() -> Graph:
+    """The network with other names for everything but its inputs and outputs."""
+    graph = network()
+    kept = {v.name for v in (*graph.inputs, *graph.outputs)}
+    for number, node in enumerate(graph.nodes):
+        node.name = f"node{number}"
+    for number, value in enumerate(list(graph.values())):
+        if value.name not in kept:
+            value.name = f"value{number}"
+    return graph
+
+
+def test_a_renamed_model_with_other_bits(dump: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vmq.compile(renamed(), bits="w4a8", recipe="mse", calib=[dump.parent / "footage"], dump=tmp_path / "b")
+    page = tmp_path / "page.html"
+    assert main(["inspect", str(dump), str(tmp_path / "b"), "--json", "-q", "--html", str(page)]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert {"bits": ["W8A8", "W4A8"], "recipe": ["vmq", "mse"]}.items() <= said["settings"].items()
+    names = {c["name"] for c in said["worse"]}
+    assert names & {"w1", "w2", "w3", "w4", "w6", "w7"}            # 4-bit weights, called as in the first
+    assert said["alpha_MAD"][0] < said["alpha_MAD"][1]
+    assert {p["name"] for p in said["passes"]} >= {"calibrate_ranges", "lower"}
+    found = Page(page.read_text(encoding="utf-8"))
+    assert {"settings", "pipeline", "time", "better", "worse", "tensors"} <= set(found.ids)
+    assert json.loads(page.read_text().partition('id="data">')[2].partition("</script>")[0]) == said
+
+
+def test_what_cannot_be_compared(dump: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(dump), str(tmp_path), "-q"]) == 2
+    assert f"{tmp_path} is not a dump" in capsys.readouterr().err
+    assert main(["inspect", str(dump), str(dump), "--blame", "-q"]) == 2
+    assert "--blame looks into one dump" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------- page

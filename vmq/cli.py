@@ -96,17 +96,25 @@ def _passes(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    from vmq.compare import Comparison, compare_dumps
     from vmq.graph import check_output, write_atomic
-    from vmq.report import inspect_dump
+    from vmq.report import Inspection, inspect_dump
 
     if args.html is not None:
         check_output(args.html)
+    if args.blame and args.other is not None:
+        raise OptionError("--blame looks into one dump; inspect them one after the other")
+    found: Inspection | Comparison
     with Progress(quiet=args.quiet) as progress:
-        found = inspect_dump(args.dump, progress=lambda what, share: progress(what, share, 1), with_blame=args.blame)
+        if args.other is None:
+            found = inspect_dump(args.dump, lambda what, share: progress(what, share, 1), with_blame=args.blame)
+        else:
+            found = compare_dumps(args.dump, args.other, lambda what, share: progress(what, share, 1))
     if args.html is not None:
-        from vmq.report_html import report_page
+        from vmq.report_html import comparison_page, report_page
 
-        write_atomic(args.html, report_page(found).encode())
+        page = report_page(found) if isinstance(found, Inspection) else comparison_page(found)
+        write_atomic(args.html, page.encode())
     _print(args, found.to_json(), found.lines())
 
 
@@ -259,6 +267,8 @@ def _parser() -> argparse.ArgumentParser:
     inspect = command("inspect", _inspect, "say what each pass did to the matte, and where the error comes from",
                       "vmq compile rvm.onnx --bits 4 --dump dump/ && vmq inspect dump/")
     inspect.add_argument("dump", type=Path, metavar="DUMP_DIR", help="a folder that `vmq compile --dump` wrote")
+    inspect.add_argument("other", type=Path, nargs="?", metavar="OTHER_DUMP",
+                         help="another dump of the same model: what differs, and what got better or worse")
     inspect.add_argument("--blame", action="store_true", help="measure what each closure costs alone (a minute or two)")
     inspect.add_argument("--html", type=Path, metavar="FILE", help="write a page with all of it, for any browser")
     _quiet(inspect)

@@ -32,7 +32,7 @@ from vmq.pipeline import Context, Observer, Pass, PassResult
 from vmq.text import diff_graphs, format_graph
 
 PROBE_FRAMES = 32
-"""Frames kept for scoring, at most, from the start of the first calibration clip: the states warm up in them."""
+"""Frames kept for scoring, at most, from the start of the footage: the states warm up in them."""
 
 
 class Dump(Observer):
@@ -95,7 +95,7 @@ class Dump(Observer):
             "versions": versions()})
 
     def finished(self, graph: Graph) -> None:
-        clips = [c for c in self._context.clips if len(c)]
+        clips = [c for c in self._context.footage or self._context.clips if len(c)]
         if clips:
             frames = np.stack(list(islice(clips[0].frames(), PROBE_FRAMES)))
             probe = io.BytesIO()

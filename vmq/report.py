@@ -8,7 +8,7 @@ blame (what each closure costs). Here it is put together, and `findings` says it
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +23,7 @@ from vmq.graph import Graph
 from vmq.layers import homes
 from vmq.loop_error import LoopError, measure_loop
 from vmq.runtime import Session
+from vmq.states import WEIGHTED
 from vmq.tensors import Tensor, decibels, measure_tensors, range_of
 
 UNCALIBRATED = "insert_qdq"
@@ -32,7 +33,6 @@ SCORED_FRAMES = 8
 MISFIT_DB = 15.0
 """A grid whose noise is so far above what its levels allow is called unfit. Ranges that were searched on long footage
 are up to 12 dB wide of a short clip."""
-WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 
 
 @dataclass(frozen=True)
@@ -167,20 +167,28 @@ def _blame_lines(what: str, rows: Sequence[Blame], titles: dict[str, str]) -> li
             *(f"{b.cost:>8.3f}{b.gain:>8.3f}  {titles.get(b.name, b.name)}" for b in rows)]
 
 
+def said(value: Any) -> str:
+    """A setting in words."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k}={v}" for k, v in value.items()) or "none"
+    return "default" if value is None else str(value)
+
+
 def inspect_dump(folder: Path, progress: Callable[[str, float], None] = lambda _what, _share: None, *,
-                 with_blame: bool = False) -> Inspection:
+                 with_blame: bool = False, frames: NDArray[np.uint8] | None = None) -> Inspection:
     """Measure a dump that `--dump` wrote.
 
     Args:
         folder: the dump.
         progress: called with (what is being done, share done).
         with_blame: measure also what each closure costs: two runs of the probe frames for each.
+        frames: another probe clip than the dump's own, [T,3,H,W] of the model's size.
 
     Raises:
         MediaError: the folder is missing, is no dump, or the compile did not finish.
     """
     pipeline = read_pipeline(folder)
-    frames = read_probe(folder)
+    frames = read_probe(folder) if frames is None else frames
     some = frames[:SCORED_FRAMES]
     dumps = [(e["name"], folder / e["model"]) for e in pipeline["passes"] if e["model"]]
     names = [name for name, _ in dumps]

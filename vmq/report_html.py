@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
 from typing import Any
@@ -13,7 +13,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from vmq.report import UNCALIBRATED, Closure, Finding, Inspection
+from vmq.compare import Change, Comparison
+from vmq.report import UNCALIBRATED, Closure, Finding, Inspection, said
 from vmq.tensors import BINS, Tensor
 
 Picture = NDArray[np.uint8]
@@ -40,6 +41,48 @@ def report_page(seen: Inspection) -> str:
     data = json.dumps(seen.to_json()).replace("</", "<\\/")
     return page("vmq report", head, [(i, t, c) for i, t, c in sections if c],
                 f'<script type="application/json" id="data">{data}</script>')
+
+
+def comparison_page(seen: Comparison) -> str:
+    """The page of two dumps side by side, as HTML."""
+    head = f"""<h1>Two compiles side by side</h1>
+<p class="quiet">A: <code>{_e(seen.names[0])}</code><br>B: <code>{_e(seen.names[1])}</code></p>
+<h2 id="answer">Which is better</h2>
+{answer([seen.verdict])}
+{"" if seen.same_clip else "<p>Their frames differ in size: each was measured on its own probe clip.</p>"}"""
+    most = max([v for _, *both in seen.passes for v in both if v is not None], default=0.0) or 1.0
+    rows = []
+    for name, *both in seen.passes:
+        bars = "".join(f'<span class="bar{" second" if i else ""}" style="width:{max(0.3, 100 * v / most):.1f}%">'
+                       "</span>" for i, v in enumerate(both) if v is not None)
+        rows.append(f'<tr><th scope="row" class="name short">{_e(name)}</th>{_cell(both[0], 3)}{_cell(both[1], 3)}'
+                    f'<td class="wide">{bars}</td></tr>')
+    table = ('<table><thead><tr><th>pass</th><th class="n">A</th><th class="n">B</th><th><span aria-hidden="true">error'
+             f'</span></th></tr></thead><tbody>{"".join(rows)}</tbody></table>')
+    passes = ("<p>Error of alpha after each pass: mean |alpha − float alpha| × 10³. A is blue, B orange.</p>"
+              + _scroll("Passes", table))
+    settings = listing((k, f"{said(a)} → {said(b)}") for k, (a, b) in seen.settings.items()) \
+        if seen.settings else "<p>None.</p>"
+    lines = [(name, i.loop.closed) for name, i in (("A", seen.first), ("B", seen.second)) if i.loop is not None]
+    sections = [("settings", "Settings that differ", settings), ("pipeline", "Pipeline", passes),
+                ("time", "Over time", "<p>The error of alpha, frame by frame, on own states.</p>" + _chart(lines)),
+                ("better", "Better in B", _changes(seen.better)), ("worse", "Worse in B", _changes(seen.worse)),
+                ("tensors", "All tensors", _changes(seen.tensors))]
+    data = json.dumps(seen.to_json()).replace("</", "<\\/")
+    return page("vmq comparison", head, sections, f'<script type="application/json" id="data">{data}</script>')
+
+
+def _changes(rows: Sequence[Change]) -> str:
+    if not rows:
+        return "<p>None.</p>"
+    body = [f'<tr><th scope="row" class="name" data-v="{_e(c.name)}">{_e(c.name)}</th>'
+            f'<td data-v="{c.kind}">{c.kind}</td>{_cell(c.bits[0])}{_cell(c.bits[1])}'
+            f"{_cell(c.before, 1)}{_cell(c.after, 1)}"
+            f'<td class="n {"better" if c.gain > 0 else "worse" if c.gain < 0 else ""}" data-v="{c.gain:.6g}">'
+            f"{c.gain:+.1f}</td></tr>" for c in rows]
+    return _scroll("Tensors that changed", _table(
+        [("tensor", False), ("kind", False), ("bits A", True), ("bits B", True), ("SQNR A", True), ("SQNR B", True),
+         ("change dB", True)], body, 'class="tensors"'), tall=len(body) > 12)
 
 
 def page(title: str, head: str, sections: Sequence[tuple[str, str, str]], data: str = "") -> str:
@@ -369,11 +412,6 @@ def _reproduce(seen: Inspection) -> str:
 
 def listing(pairs: Iterable[tuple[str, Any]]) -> str:
     """Names and values as a table of two columns."""
-    def said(value: Any) -> str:
-        if isinstance(value, Mapping):
-            return ", ".join(f"{k}={v}" for k, v in value.items()) or "none"
-        return "default" if value is None else str(value)
-
     rows = "".join(f'<tr><th scope="row">{_e(k)}</th><td>{_e(said(v))}</td></tr>' for k, v in pairs)
     return _scroll("Values", f"<table><tbody>{rows}</tbody></table>")
 

@@ -48,6 +48,7 @@ class Tensor:
         name: as in the float model.
         closure: name of the closure that makes it, or that reads it first (weights, frame, states).
         kind: activation, or weight (any quantized constant).
+        reader: of a weight, the first node that reads it.
         sqnr_db, own_db, misfit_db: as above.
         bits: of the narrowest grid it goes through.
         low, high: ends of that grid (of weights, of the widest channel).
@@ -63,6 +64,7 @@ class Tensor:
     closure: str
     kind: str
     sqnr_db: float
+    reader: str = ""
     own_db: float | None = None
     misfit_db: float | None = None
     bits: int | None = None
@@ -260,13 +262,13 @@ def _constants(reference: Graph, quantized: Graph, homes: Mapping[str, str]) -> 
             exact = twin.inputs[index] if twin is not None and index < len(twin.inputs) else None
             if isinstance(exact, Constant) and exact.name not in found and value.inputs \
                     and value.inputs[0].op == "DequantizeLinear":
-                row = _constant(np.asarray(exact.values), value.inputs[0], exact.name, homes.get(node.name, ""))
+                row = _constant(np.asarray(exact.values), value.inputs[0], exact.name, node.name, homes)
                 if row is not None:
                     found[exact.name] = row
     return list(found.values())
 
 
-def _constant(exact: Array, dequantizer: Any, name: str, closure: str) -> Tensor | None:
+def _constant(exact: Array, dequantizer: Any, name: str, reader: str, homes: Mapping[str, str]) -> Tensor | None:
     scale, zero = (np.asarray(v.values) for v in dequantizer.inputs[1:3]) if len(dequantizer.inputs) > 2 else (
         np.asarray(dequantizer.inputs[1].values), np.zeros(()))
     axis = dequantizer.attrs.get("axis", 1) if scale.size > 1 else None
@@ -301,7 +303,7 @@ def _constant(exact: Array, dequantizer: Any, name: str, closure: str) -> Tensor
     quality = decibels(_squares(exact), noise)
     low, high = float(np.min((spec.qmin - z) * s)), float(np.max((spec.qmax - z) * s))
     use = _use((exact / s + z).ravel(), spec.qmin, spec.qmax) | {"used": len(np.unique(integers))}
-    return Tensor(name, closure, "weight", quality, quality, misfit, spec.bits, low, high,
+    return Tensor(name, homes.get(reader, ""), "weight", quality, reader, quality, misfit, spec.bits, low, high,
                   float(exact.min()), float(exact.max()),
                   flips=round(float(np.mean(integers != nearest)), 4), **use)
 

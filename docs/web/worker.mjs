@@ -51,7 +51,7 @@ async function load(bytes, threads) {
     return { width, height, states: sources.length, bits, threads };
 }
 
-// Zeros everywhere; inputs that are neither frame nor state are a downsample ratio that is bound already.
+// Zeros everywhere, as integers where a state is uint8; inputs that are neither frame nor state are a downsample ratio that is bound already.
 function reset() {
     feeds = {};
     for (const { name, shape } of session.inputMetadata) feeds[name] = first(name, shape);
