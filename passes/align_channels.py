@@ -47,10 +47,20 @@ class AlignChannels(Pass):
 def _join_nothing(graph: Graph, value: Any) -> None:
     """Put a Concat of nothing else behind a picture of few channels that convolutions read."""
     shape = list(value.shape or [])
-    if len(shape) == 4 and all(isinstance(d, int) for d in shape) and shape[1] < MULTIPLE and shape[2] * shape[3] > 1 \
-            and not (value.inputs and value.inputs[0].op == "Concat"):
+    if len(shape) == 4 and all(isinstance(d, int) for d in shape) and shape[1] < MULTIPLE and _is_picture(value):
         readers = [r for r in value.outputs if _takes_channels(r, value)]
         graph.replace_uses(value, graph.add("Concat", [value], f"{value.name}_aligned", {"axis": 1}, shape), readers)
+
+
+def _is_picture(value: Any) -> bool:
+    """True for what is made of a model input and constants, operator by operator: scaled, shifted, resized."""
+    while value.inputs:
+        node = value.inputs[0]
+        data = [v for v in node.inputs if v.name and not isinstance(v, Constant)]
+        if len(data) != 1 or node.op in ("Conv", "ConvTranspose"):
+            return False
+        value = data[0]
+    return not isinstance(value, Constant)
 
 
 def _widen_concat(graph: Graph, concat: Any) -> bool:
@@ -76,7 +86,7 @@ def _widen_depthwise(graph: Graph, node: Any) -> bool:
     """Widen all that shares its channels with a depthwise convolution, from the layers that make them on."""
     channels = node.inputs[1].shape[0]
     missing = -channels % DEPTHWISE
-    if not missing:
+    if not missing or missing > channels // 2:         # more zeros than they are worth
         return False
     shared: dict[int, Any] = {}
     makers, readers, groups = dict[int, Any](), dict[int, Any](), dict[int, Any]()
