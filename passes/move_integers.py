@@ -46,7 +46,7 @@ class MoveIntegers(Pass):
 
 def _move(graph: Graph, node: Any, values: list[Any]) -> bool:
     """Put a mover in front of the DequantizeLinear that it reads."""
-    reads = [v.inputs[0] if v.inputs else None for v in values]
+    reads: list[Any] = [v.inputs[0] if v.inputs else None for v in values]
     first = reads[0]
     if first is None or not all(r is not None and r.op == "DequantizeLinear" and r.inputs[1].values.size == 1
                                 and same_grid(r, first) for r in reads):

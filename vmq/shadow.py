@@ -291,6 +291,7 @@ class Shadow(nn.Module):
         def run(x: Tensor) -> Tensor:
             shift = quantizer.grid_zero() + (quantizer.zero - quantizer.zero.detach())     # straight through
             steps = quantizer(x) / quantizer.scale.clamp(min=SMALLEST_SCALE) + shift
+            steps = steps + (steps.round() - steps).detach()                                # integers again, exactly
             return dequantize(steps, self.parameter(scale.name).clamp(min=SMALLEST_SCALE),
                               grid_zero(self.parameter(zero.name), self._zeros[zero.name][1]), None)
         return run
