@@ -4,7 +4,7 @@ A DequantizeLinear may read integers with another scale and zero point than they
 at run time, and turns into integer kernels what would else run in float between a DQ and a Q:
 
     hardsigmoid(x) = sat(a x + b)         Mul by a, written with scale 1/256 and zero point 256 b: uint8 saturates
-                                          where the function does; read with scale 1/255, so that its top is 1
+                                          where the function does; b comes back as it is read with zero point 0
     hardswish(x)   = x * hardsigmoid(x)
     tanh(x)        = 2 sigmoid(2x) - 1    Sigmoid of the same integers read with twice the scale; its result, written
                                           with scale 1/256, is read with scale 1/128 and zero point 128
@@ -68,7 +68,7 @@ def _hard_swish(graph: Graph, node: Any) -> bool:
 def _gate(graph: Graph, x: Any, slope: float, offset: float) -> Any:
     product = graph.add("Mul", [x, _number(graph, slope)], f"{x.name}_slope", shape=x.shape)
     written = _quantize(graph, product, 1.0 / STEPS, min(255, round(STEPS * offset)))
-    return _dequantize(graph, written, 1.0 / (STEPS - 1), 0)
+    return _dequantize(graph, written, 1.0 / STEPS, 0)
 
 
 def _tanh(graph: Graph, node: Any) -> bool:

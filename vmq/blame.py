@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmq.graph import Constant, Graph
-from vmq.layers import homes, quantizer_of
+from vmq.layers import homes, quantizer_of, written_by
 from vmq.runtime import Session
 
 Frames = NDArray[np.uint8]
@@ -140,10 +140,16 @@ def masked(quantized: Graph, reference: Graph, floats: Collection[str]) -> Graph
         if quantizer is not None and not isinstance(quantizer[0].inputs[0], Constant):
             graph.replace_uses(result, quantizer[0].inputs[0])
             continue
+        written = written_by(node)
+        if written is not None:
+            graph.replace_uses(result, _unrounded(graph, written, node))
+            continue
         for reader in list(result.outputs):            # a stored weight, a bias, or a constant operand
             index = next(i for i, v in enumerate(reader.inputs) if v is result)
             twin = twins.get(reader.name)
             if twin is None:
+                continue
+            if twin.op != reader.op:                   # a number that passes/integer_forms.py put in, exact
                 continue
             if index >= len(twin.inputs):              # a bias that came in with the correction of means
                 del reader.inputs[index]
@@ -155,6 +161,18 @@ def masked(quantized: Graph, reference: Graph, floats: Collection[str]) -> Graph
     graph.cleanup()
     graph.sort()
     return graph
+
+
+def _unrounded(graph: Graph, written: Any, read: Any) -> Any:
+    """What a form (passes/integer_forms.py) makes of a float value if nothing is rounded: shifted, clipped, scaled."""
+    value, shape = written.inputs[0], written.inputs[0].shape
+    scales, zeros = zip(*((float(n.inputs[1].values), float(n.inputs[2].values)) for n in (written, read)), strict=True)
+    saturates = [("Clip", [0.0, 256.0])] if zeros[0] != zeros[1] else []
+    for op, numbers in (("Mul", [1.0 / scales[0]]), ("Add", [zeros[0]]), *saturates, ("Add", [-zeros[1]]),
+                        ("Mul", [scales[1]])):
+        constants = [graph.constant("number", np.asarray(n, np.float32)) for n in numbers]
+        value = graph.add(op, [value, *constants], f"{read.name}_unrounded", {}, shape)
+    return value
 
 
 def _alphas(graph: Graph, frames: Frames, how: Mapping[str, Any]) -> NDArray[np.float32]:

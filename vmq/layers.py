@@ -157,6 +157,15 @@ def quantizer_of(dequantize: Any) -> tuple[Any, tuple[int, int] | None] | None:
     return quantize, limits
 
 
+def written_by(dequantize: Any) -> Any:
+    """The QuantizeLinear of a whole tensor whose integers a DequantizeLinear reads in another way; None if none is."""
+    quantize = dequantize.inputs[0].inputs[0] if dequantize.inputs[0].inputs else None
+    if quantize is None or quantize.op != "QuantizeLinear" or quantizer_of(dequantize) is not None \
+            or not all(len(n.inputs) == 3 and n.inputs[1].values.size == 1 for n in (quantize, dequantize)):
+        return None
+    return quantize
+
+
 def homes(graph: Graph, blocks: Sequence[Collection[str]]) -> dict[str, int]:
     """The block that each node of a quantized graph belongs to, by the node's name.
 

@@ -26,6 +26,8 @@ from vmq.runtime import Session
 from vmq.states import WEIGHTED
 from vmq.tensors import Tensor, decibels, measure_tensors, range_of
 
+LOWERED = "lower"
+"""The pass up to which tensors stand beside their quantizers; what follows lays integers out."""
 UNCALIBRATED = "insert_qdq"
 """After this pass every scale is still 1: its dump runs, but scoring it would say nothing."""
 SCORED_FRAMES = 8
@@ -214,7 +216,7 @@ def inspect_dump(folder: Path, progress: Callable[[str, float], None] = lambda _
         setup={key: pipeline.get(key) for key in ("command", "options", "versions", "clips")})
     if not names[floats + 1:] or not parts.get("blocks"):
         return base
-    reference, quantized = Graph.load(float_path), Graph.load(dumps[-1][1])
+    reference, quantized = Graph.load(float_path), Graph.load(dict(dumps).get(LOWERED, dumps[-1][1]))
     return _measured(base, parts, reference, quantized, dumps[floats + 1:], how, progress, with_blame)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vmq.errors import ModelError
 from vmq.fakequant import FakeQuantize, dequantize, grid_scale, grid_zero
 from vmq.graph import Constant, Graph
-from vmq.layers import quantizer_of
+from vmq.layers import quantizer_of, written_by
 from vmq.quant import SMALLEST_SCALE
 from vmq.shadow_ops import HOST_INPUTS, Call, to_tensor
 from vmq.spec import QuantSpec
@@ -252,9 +252,9 @@ class Shadow(nn.Module):
         quantize, limits = node, None
         if node.op == "DequantizeLinear":
             fused = quantizer_of(node)
-            written = _written_by(node)
+            written = written_by(node)
             if written is not None:
-                quantizer = self._fake_quantize(*written.inputs[1:], None, None, call)
+                quantizer = self._fake_quantize(written.inputs[1], written.inputs[2], None, None, call)
                 return _Step(node.name, node.op, (written.inputs[0].name,), outputs,
                              self._read_as(quantizer, scale, zero))
             if fused is None:
@@ -299,15 +299,6 @@ class Shadow(nn.Module):
 
 _LINEAR = ("QuantizeLinear", "DequantizeLinear")
 _GRIDS = ("int4", "uint4", "int8", "uint8", "uint16")
-
-
-def _written_by(dequantize: Any) -> Any:
-    """The QuantizeLinear of a whole tensor whose integers a DequantizeLinear reads in another way; None if none is."""
-    quantize = dequantize.inputs[0].inputs[0] if dequantize.inputs[0].inputs else None
-    if quantize is None or quantize.op != "QuantizeLinear" or quantizer_of(dequantize) is not None \
-            or not all(len(n.inputs) == 3 and n.inputs[1].values.size == 1 for n in (quantize, dequantize)):
-        return None
-    return quantize
 
 
 def _tied_constants(graph: Graph) -> dict[str, str]:
