@@ -95,12 +95,12 @@ def test_depthwise_convolutions_get_a_multiple_of_16():
 
 
 def test_two_depthwise_convolutions_in_a_row_are_widened_together():
-    text = """(float[1,4,8,8] x, float[20,4,1,1] w0, float[20,1,3,3] w1, float[20,1,3,3] w2, float[8,20,1,1] w3)
+    text = """(float[1,4,8,8] x, float[24,4,1,1] w0, float[24,1,3,3] w1, float[24,1,3,3] w2, float[8,24,1,1] w3)
               => (float[1,8,8,8] y) {
         a = Conv (x, w0)
-        b = Conv <group = 20, pads = [1,1,1,1]> (a, w1)
+        b = Conv <group = 24, pads = [1,1,1,1]> (a, w1)
         c = LeakyRelu (b)
-        d = Conv <group = 20, pads = [1,1,1,1]> (c, w2)
+        d = Conv <group = 24, pads = [1,1,1,1]> (c, w2)
         e = Add (d, a)
         y = Conv (e, w3)
     }"""

@@ -64,8 +64,8 @@ def test_every_dump_is_valid_and_runs(footage: Path, tmp_path: Path):
     vmq.compile(network(), recipe="mse", bits=4, calib=[footage], dump=dump, output=tmp_path / "out.onnx")
     models = sorted(dump.glob("*.onnx"))
     changed = [m.stem[3:] for m in models]
-    assert changed == ["input", "align_channels", "insert_qdq", "calibrate_ranges", "correct_biases", "quantize_biases",
-                       "lower"]
+    assert changed == ["input", "align_channels", "insert_qdq", "calibrate_ranges", "integer_forms", "correct_biases",
+                       "quantize_biases", "lower", "move_integers"]
     for path in models:
         onnx.checker.check_model(str(path), full_check=True)
         outputs = Session(path, optimize=False).step(next(clips()[0].frames()))

@@ -71,7 +71,7 @@ def hard_sigmoid(x: Array, alpha: float, beta: float = 0.5) -> Array:
        shape=shapes)
 def test_hardsigmoid_is_within_a_step_and_a_half(alpha: float, beta: float, scale: float, zero: int,
                                                  shape: tuple[int, ...]) -> None:
-    """Half a step is rounding, up to one is 255 levels read where 256 were written; an odd offset costs half more."""
+    """Half a step is rounding, one the top, which is 255/256; an odd offset costs half more."""
     grid = (scale, zero)
     graph = rewritten(quantized(f"y = HardSigmoid <alpha = {alpha!r}, beta = {beta!r}> (x)", {"x": shape}, {"y": shape},
                                 {"x": grid, "y": (1 / 255, 0)}))
@@ -79,7 +79,7 @@ def test_hardsigmoid_is_within_a_step_and_a_half(alpha: float, beta: float, scal
     x = noise(shape, grid)
     got, wanted = one(graph, {"x_in": x}), hard_sigmoid(on_grid(x, grid), alpha, beta)
     assert np.abs(got - wanted).max() <= (1.5 if beta != 0.4 else 2.0) * FINE / 255
-    assert (got[alpha * on_grid(x, grid) + beta >= 1.0 + 1 / 256] == 1.0).all()
+    assert (got[alpha * on_grid(x, grid) + beta >= 1.0 + 1 / 256] == 255 / 256).all()
     assert (got[alpha * on_grid(x, grid) + beta <= -1 / 256] == 0.0).all()
 
 

@@ -108,12 +108,12 @@ def test_masking_everything_gives_the_float_model_and_nothing_the_compiled_one(
     everything = set().union(*closure_quantizers(ours, closures).values())
     assert everything == {n.name for n in ours.nodes if n.op == "DequantizeLinear"}
     before = ours.to_bytes()
-    for floats, same in ((everything, exact), (set[str](), ours)):
+    for floats, same, least in ((everything, exact, 1e-6), (set[str](), ours, 0.0)):     # forms add up once more
         one, two = (Session(g, optimize=False, pairs={"r": "s"}) for g in (masked(ours, exact, floats), same))
         for frame in clips(1, 4)[0].frames():
             a, b = one.step(frame), two.step(frame)
             for name in ("pha", "fgr", "s"):
-                np.testing.assert_array_equal(a[name], b[name])
+                np.testing.assert_allclose(a[name], b[name], rtol=0.0, atol=least)
     assert ours.to_bytes() == before
 
 
@@ -182,7 +182,7 @@ def test_numbers_of_a_tensor_by_hand() -> None:
 
 def test_rows_of_weights(seen: Inspection) -> None:
     weights = {t.name: t for t in seen.tensors if t.kind == "weight"}
-    assert {"w0", "w1", "w2", "w3", "w4", "w6", "w7", "w8"} <= set(weights)
+    assert {"w0_aligned", "w1", "w2", "w3", "w4", "w6", "w7", "w8"} <= set(weights)
     for row in weights.values():
         assert row.flips == 0.0                                  # nothing is learned at W8A8
         assert row.own_db is not None
@@ -192,7 +192,7 @@ def test_rows_of_weights(seen: Inspection) -> None:
 def test_every_quantized_tensor_has_its_closure(seen: Inspection) -> None:
     names = {b.name for b in seen.blocks}
     assert all(t.closure in names for t in seen.tensors if t.bits is not None)
-    assert {t.name for t in seen.tensors if t.bits is not None} >= {"src", "r", "g", "s", "a", "w0"}
+    assert {t.name for t in seen.tensors if t.bits is not None} >= {"src", "r", "g", "s", "a", "w0_aligned"}
 
 
 # ------------------------------------------------------------------------------------------------ over time

@@ -116,10 +116,22 @@ def tensor_quantizers(quantized: Graph, reference: Graph, closures: Mapping[str,
         if isinstance(value, Constant):
             twin = twins.get(node.outputs[0].outputs[0].name) if node.outputs[0].outputs else None
             constants = [v.name for v in twin.inputs if isinstance(v, Constant)] if twin is not None else []
-            units.setdefault((constants or [value.name])[0], set()).add(node.name)
+            units.setdefault((constants or [_first_known(node.outputs[0], known)])[0], set()).add(node.name)
         else:
-            units.setdefault(next((n for n in reversed(chain) if n in known), value.name), set()).add(node.name)
+            behind = next((n for n in reversed(chain) if n in known), None) or _first_known(node.outputs[0], known)
+            units.setdefault(behind, set()).add(node.name)
     return units
+
+
+def _first_known(value: Any, known: Collection[str]) -> str:
+    """The nearest value behind a part of a form (passes/integer_forms.py) that the float graph has too."""
+    todo = [value]
+    while todo:
+        value = todo.pop(0)
+        if value.name in known:
+            break
+        todo += [o for r in value.outputs for o in r.outputs]
+    return str(value.name)
 
 
 def masked(quantized: Graph, reference: Graph, floats: Collection[str]) -> Graph:
