@@ -351,7 +351,7 @@ def _findings(seen: Inspection, dumps: Sequence[tuple[str, Path]]) -> list[Findi
     scores = [s for s in scores if s[0] in dict(dumps)]
     rises = [(after - before, name, before, after)
              for (_, before), (name, after) in pairwise(scores)
-             if after > 1.1 * before and after - before > 0.05]
+             if after > 1.05 * before and after - before > 0.05]
     if rises:
         _, name, before, after = max(rises)
         found.append(Finding("pass", name, f"Pass {name} made alpha worse: MAD {before:.2f} before it, {after:.2f} "
