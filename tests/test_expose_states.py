@@ -12,7 +12,6 @@ from compiling import clips, network, rerun, run_to
 from tiny_recurrent import read
 
 from vmq import cli
-from vmq.clips import Clip
 from vmq.errors import ModelError, OptionError
 from vmq.graph import Graph
 from vmq.quant import dequantize
@@ -20,13 +19,17 @@ from vmq.runtime import GRIDS_KEY, Session
 from vmq.spec import Options
 
 
-def pair(graph_text: str | None, bits: str = "8", footage: list[Clip] | None = None) -> tuple[Graph, Graph]:
-    """A network compiled with float and with integer states."""
-    graphs = []
+def pair(bits: str = "8") -> tuple[Graph, Graph]:
+    """A network compiled with float and with integer states; verification finds the same of both."""
+    graphs, reports = [], []
     for state in ("float32", "uint8"):
-        graph = network() if graph_text is None else read(graph_text)
-        run_to("verify", graph, bits, footage, state=state)
+        graph = network()
+        context = run_to("expose_states", graph, bits, state=state)
+        reports.append(rerun("verify", graph, context).report)
         graphs.append(graph)
+    assert reports[0]["MAD_to_float"] == reports[1]["MAD_to_float"]
+    assert reports[0]["states"] == reports[1]["states"]
+    assert reports[1]["states"]
     return graphs[0], graphs[1]
 
 
@@ -49,7 +52,7 @@ def same_alphas(loose: Graph, exposed: Graph, frames: list[np.ndarray], *, optim
 @pytest.mark.parametrize("bits", ["8", "w4a8", "4"])
 @pytest.mark.parametrize("optimize", [True, False])
 def test_the_same_bits_as_with_float_states(bits: str, optimize: bool) -> None:
-    loose, exposed = pair(None, bits)
+    loose, exposed = pair(bits)
     assert {v.name: np.dtype(v.dtype).name for v in (*exposed.inputs, *exposed.outputs)} == {
         "src": "float32", "r": "uint8", "fgr": "float32", "pha": "float32", "s": "uint8"}
     assert [v.name for v in exposed.inputs] == [v.name for v in loose.inputs]
@@ -59,7 +62,7 @@ def test_the_same_bits_as_with_float_states(bits: str, optimize: bool) -> None:
 
 
 def test_the_first_state_is_the_zero_point() -> None:
-    _, exposed = pair(None)
+    _, exposed = pair()
     grid = json.loads(Graph.load(exposed.to_bytes()).metadata[GRIDS_KEY])["r"]
     assert 0 < grid["zero_point"] < 255
     session = Session(exposed, threads=1)
@@ -71,13 +74,16 @@ def test_the_first_state_is_the_zero_point() -> None:
     assert (session.state["r"] == grid["zero_point"]).all()
 
 
-def test_states_of_an_lstm() -> None:
-    """h is read by 4-bit convolutions alone, c by products."""
-    text = tiny_recurrent.LSTM.replace("8,8]", "32,48]")
-    loose, exposed = pair(text, "4")
-    same = {"h", "c"}
-    assert set(json.loads(exposed.metadata[GRIDS_KEY])) == same
-    one, two = Session(loose, optimize=False, threads=1), Session(exposed, optimize=False, threads=1)
+@pytest.mark.parametrize("keep", [{}, {"first": 4}])
+def test_states_of_an_lstm(keep: dict[str, int]) -> None:
+    """h is read by a convolution alone, at 8 bits or at 4, where it goes out on another grid; c by products."""
+    graphs = [read(tiny_recurrent.LSTM.replace("8,8]", "32,48]")) for _ in range(2)]
+    for graph, state in zip(graphs, ("float32", "uint8"), strict=True):
+        run_to("verify", graph, "4", keep=keep, state=state)
+    assert set(json.loads(graphs[1].metadata[GRIDS_KEY])) == {"h", "c"}
+    clipped = [n for n in graphs[1].value("h").outputs if n.op == "Clip"]
+    assert len(clipped) == len(keep)
+    one, two = (Session(graph, optimize=False, threads=1) for graph in graphs)
     for frame in clips(1, 5)[0].frames():
         assert np.array_equal(one.alpha_of(one.step(frame)), two.alpha_of(two.step(frame)))
 
@@ -137,7 +143,7 @@ def test_the_command_line_handles_such_states_by_itself(tmp_path: Path, capsys: 
 
 
 def test_damaged_metadata() -> None:
-    _, exposed = pair(None)
+    _, exposed = pair()
     for text in ("[", "3", '{"r": 1}', '{"x": {"scale": 1.0, "zero_point": 1}}',
                  '{"r": {"scale": 0, "zero_point": 1}}'):
         exposed.metadata[GRIDS_KEY] = text

@@ -74,7 +74,7 @@ class Session:
         self._session = create_session(graph, threads=threads, optimize=optimize, extra=extra, label=self.label,
                                        device=device)
         self._states = {p.input: p.output for p in self.state_pairs}
-        self._grids = _grids_of(graph, self._states)
+        self._grids = state_grids(graph)
         self._types = {i.name: _TYPES.get(i.type) for i in self._session.get_inputs()}
         self._shapes = {i.name: [d if isinstance(d, int) else None for d in i.shape]
                         for i in self._session.get_inputs()}
@@ -232,13 +232,18 @@ def _pairs_of(graph: Graph, pairs: Mapping[str, str] | None) -> tuple[StatePair,
     return pair_states(graph, pairs)
 
 
-def _grids_of(graph: Graph, states: Mapping[str, str]) -> dict[str, tuple[float, int]]:
-    """Scale and zero point of the states that are uint8."""
+def state_grids(graph: Graph) -> dict[str, tuple[float, int]]:
+    """Scale and zero point of the states that are uint8, by the names of their inputs.
+
+    Raises:
+        ModelError: what the metadata say of them is damaged.
+    """
+    inputs = {v.name for v in graph.inputs}
     try:
         grids = {str(name): (float(g["scale"]), int(g["zero_point"]))
                  for name, g in dict(json.loads(graph.metadata.get(GRIDS_KEY, "{}"))).items()}
-        if not all(name in states and scale > 0.0 and 0 <= zero <= 255 for name, (scale, zero) in grids.items()):
-            raise ValueError("it names what is no state, or no grid of uint8")
+        if not all(name in inputs and scale > 0.0 and 0 <= zero <= 255 for name, (scale, zero) in grids.items()):
+            raise ValueError("it names what is no input, or no grid of uint8")
     except (ValueError, TypeError, KeyError) as error:
         raise ModelError(f"the model's metadata {GRIDS_KEY} is damaged: {error}") from error
     return grids
