@@ -122,9 +122,9 @@ class Session:
             for name in self._states})
 
     def encode(self, state: Mapping[str, Array]) -> dict[str, Array]:
-        """Float states, as another model of the same network has them, as this one takes them: perhaps quantized."""
-        return {name: quantize(values, *self._grids[name], _STATE).astype(np.uint8) if name in self._grids else values
-                for name, values in state.items()}
+        """States of another model of the same network as this one takes them: quantized, if here and not there."""
+        return {name: quantize(values, *self._grids[name], _STATE).astype(np.uint8)
+                if name in self._grids and values.dtype != np.uint8 else values for name, values in state.items()}
 
     def step(self, frame: NDArray[np.uint8]) -> dict[str, Array]:
         """Run one frame, uint8 [3,H,W] RGB, and keep the new state. Returns all outputs by name, [1,C,H,W].
