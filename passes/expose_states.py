@@ -39,7 +39,8 @@ class ExposeStates(Pass):
             target = next(v for v in graph.outputs if v.name == pair.output)
             quantizer = _quantizer_of(value)
             if quantizer is None or target is value or target.name in pictures:
-                why = "what becomes of it is alpha or foreground" if target.name in pictures else "nothing quantizes it"
+                why = ("what becomes of it is alpha or foreground" if target.name in pictures
+                       else "no quantizer to uint8 reads it alone")
                 notes.append(f"{pair.input}: {why}; stays float32")
                 continue
             scale, zero = quantizer.inputs[1:3]
