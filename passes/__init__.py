@@ -9,6 +9,7 @@ from passes.check_input import CheckInput
 from passes.correct_biases import CorrectBiases
 from passes.double_sizes import DoubleSizes
 from passes.equalize import Equalize
+from passes.expose_states import ExposeStates
 from passes.find_closures import FindClosures
 from passes.floor_pooling import FloorPooling
 from passes.fold_batchnorm import FoldBatchnorm
@@ -48,6 +49,7 @@ PIPELINE: tuple[Pass, ...] = (
     MoveIntegers(),
     DoubleSizes(),
     PackColumns(),
+    ExposeStates(),
     Verify(),
 )
 """What `vmq compile` runs, in this order."""

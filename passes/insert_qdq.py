@@ -55,6 +55,7 @@ class InsertQdq(Pass):
         work = _Placement(graph, context.options, [s.pair for s in closures.states],
                           {n for s in closures.states for n in s.nodes})
         work.run()
+        work.tie_states([(s.pair.input, s.pair.output) for s in closures.states])
         context.found[self.name] = work.renamed
         return PassResult(modified=work.inserted, notes=tuple(work.notes), report={
             "weights": work.weights, "activations": work.activations, "layers": len(work.bits),
@@ -101,6 +102,18 @@ class _Placement:
                     if isinstance(value, Constant) and self._is_float(value):
                         node.inputs[index] = self._pair(value, self._width(node))
         self.graph.sort()
+
+    def tie_states(self, pairs: list[tuple[str, str]]) -> None:
+        """Give a state one grid where it goes out and where it comes in: it is not rounded twice between frames."""
+        inputs, outputs = ({v.name: v for v in values} for values in (self.graph.inputs, self.graph.outputs))
+        for source, target in pairs:
+            reads = [n for n in inputs[source].outputs if n.op == "QuantizeLinear"]
+            made = outputs[target].inputs[0] if outputs[target].inputs else None
+            if len(reads) == 1 and made is not None and made.op == "DequantizeLinear" \
+                    and made.inputs[2].dtype == reads[0].inputs[2].dtype:
+                for mine, theirs in zip(made.inputs[1:3], reads[0].inputs[1:3], strict=True):
+                    if mine is not theirs:
+                        self.graph.replace_uses(mine, theirs)
 
     def wider(self) -> dict[str, str]:
         """What does not have the nominal widths: layers by name, and all tensors between carriers."""

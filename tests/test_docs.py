@@ -233,13 +233,13 @@ def example(name: str, info: str, text: str) -> tuple[str, PassResult]:
 
     Args:
         name: of the pass.
-        info: words behind ```onnx: opset=17, bits=4, recipe=vmq, size=48x32, equalize.
+        info: words behind ```onnx: opset=17, bits=4, recipe=vmq, size=48x32, state=uint8, equalize.
         text: the network, in the ONNX text form.
     """
     words = dict(word.partition("=")[::2] for word in info.split()[1:])
     recipe = dataclasses.replace(Recipe.load(words.get("recipe", "mse")), equalize="equalize" in words)
     options = Options(bits=Bits.parse(words.get("bits", "8")), recipe=recipe, effort=QUICK,
-                      size=vmq.compiler.parse_size(words.get("size")))
+                      size=vmq.compiler.parse_size(words.get("size")), state=words.get("state", "float32"))
     graph = load(text, int(words.get("opset", "21")))
     index = [step.name for step in PIPELINE].index(name)
     context = Context(options, synthetic_clips(SIZE, count=1, frames=4, seed=5))

@@ -45,6 +45,17 @@ def test_step_returns_outputs_by_name_and_finds_the_pictures() -> None:
     assert bare.foreground_of(bare.step(frame)) is None
 
 
+def test_states_go_from_frame_to_frame_without_a_copy() -> None:
+    """What ONNX Runtime gave is what it is fed: numpy arrays that only point to its memory."""
+    runner = session(tiny.model())
+    for frame in tiny.frames(3):
+        outputs = runner.step(frame)
+        assert runner.state["last"] is outputs["next"]
+        assert runner.feeds(frame)["last"] is outputs["next"]
+        assert not outputs["next"].flags.owndata
+        assert outputs["next"].flags.c_contiguous
+
+
 def test_the_order_of_inputs_and_outputs_does_not_matter() -> None:
     model, clip = tiny.model(ratio=True), tiny.frames()
     for values in (model.graph.input, model.graph.output):

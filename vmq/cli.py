@@ -81,7 +81,7 @@ def _compile(args: argparse.Namespace) -> None:
             args.model, bits=args.bits, recipe=args.recipe, calib=args.calib, size=args.size,
             downsample_ratio=args.downsample_ratio, effort=args.effort, target=args.target, container=args.container,
             keep=dict(args.keep), pairs=dict(args.pair), output=output, dump=args.dump, seed=args.seed,
-            resume=args.resume, device=args.device,
+            resume=args.resume, device=args.device, state=args.state,
             command=shlex.join(["vmq", *args.words]), observers=[shown], progress=shown.tell)
     if args.json or not args.quiet:
         _print(args, result.to_json(), result.lines())
@@ -255,6 +255,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--pair", action="append", default=[], type=_pair, metavar="IN=OUT",
         help="a state input and its output, where the graph alone does not tell (IN= for no state); repeatable")
     add("--dump", type=Path, metavar="DIR", help="write the model as it is after each pass, for `vmq inspect`")
+    add("--state", default="float32", metavar="float32|uint8",
+        help="type of recurrent states between frames: float32 (default, as in the model that goes in) or uint8, a "
+             "quarter of the memory; the first states are then the zero points that the metadata name")
     add("--device", default="cpu", metavar="cpu|cuda", help="where learning computes (default: cpu)")
     add("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
     add("--resume", action="store_true", help="continue what the same command left unfinished")

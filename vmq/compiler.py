@@ -73,7 +73,8 @@ class Result:
             lines.append(f"wrote {self.path}: {self.size_bytes / 1e6:.2f} MB; the model that went in has "
                          f"{self.input_bytes / 1e6:.2f} MB, {self.input_bytes / self.size_bytes:.1f} x as much")
         pairs = ", ".join(f"{s['input']} -> {s['output']}" for s in states)
-        lines.append(f"recurrent states: {pairs or 'none found'}")
+        kept = self.results["expose_states"].report.get("states", {})
+        lines.append(f"recurrent states: {pairs or 'none found'}" + (f"; as uint8: {', '.join(kept)}" if kept else ""))
         lines.append(f"quantized {placed['layers']} layers, {placed['weights']} weights, {placed['activations']} "
                      f"activations; wider than nominal: "
                      f"{_short([f'{name} {bits}' for name, bits in placed['wider'].items()]) or 'nothing'}")
@@ -107,7 +108,8 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
     downsample_ratio: float | None = None, effort: str = "standard", target: str = "cpu", container: str = "",
     keep: Mapping[str, int] | None = None, pairs: Mapping[str, str] | None = None, seed: int = 0,
     output: str | os.PathLike[str] | None = None, dump: str | os.PathLike[str] | None = None,
-    resume: bool = False, device: str = "cpu", command: str = "", observers: Sequence[Observer] = (),
+    resume: bool = False, device: str = "cpu", state: str = "float32", command: str = "",
+    observers: Sequence[Observer] = (),
     progress: Callable[[str, float], None] = lambda _what, _share: None,
 ) -> Result:
     """Quantize a video-matting network after training.
@@ -130,6 +132,7 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
         dump: folder for every intermediate result.
         resume: continue what an earlier run with the same `output` and arguments left unfinished.
         device: where learning computes, cpu or cuda; the result is checked on the CPU in any case.
+        state: what recurrent states are between frames: float32, as in the model that goes in, or uint8.
         command: noted in the dump as the way to repeat it.
         observers: watch the passes.
         progress: called with (what is being done, share done).
@@ -140,7 +143,7 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
     options = Options(bits=Bits.parse(bits), recipe=Recipe.load(recipe), effort=_named(EFFORTS, "--effort", effort),
                       target=_named(TARGETS, "--target", target), container=container, size=parse_size(size),
                       downsample_ratio=downsample_ratio, keep=dict(keep or {}), pairs=dict(pairs or {}), seed=seed,
-                      device=device)
+                      device=device, state=state)
     check_device(device)
     if isinstance(calib, (str, os.PathLike)):
         calib = [calib]

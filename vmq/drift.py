@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmq.graph import Constant, Graph
+from vmq.quant import dequantize
+from vmq.runtime import state_grids
 from vmq.states import StatePair
 
 SATURATED = 0.02
@@ -33,13 +35,17 @@ class StateErrors:
     def __init__(self, graph: Graph, pairs: Sequence[StatePair]) -> None:
         outputs = {v.name: v for v in graph.outputs}
         self.names = [p.input for p in pairs]
-        self.ranges = {p.input: state_range(outputs[p.output]) for p in pairs}
+        self.grids = state_grids(graph)
+        self.ranges = {p.input: grid_range(*self.grids[p.input]) if p.input in self.grids
+                       else state_range(outputs[p.output]) for p in pairs}
         self._rows: dict[str, list[tuple[float, float, float, float]]] = {n: [] for n in self.names}
 
     def add(self, ours: Mapping[str, NDArray[Any]], theirs: Mapping[str, NDArray[Any]]) -> None:
         """Take in a frame: states by the names of their inputs, of any shape."""
         for name, rows in self._rows.items():
             state, exact, bounds = ours[name], theirs[name].astype(np.float64), self.ranges[name]
+            if name in self.grids:
+                state = dequantize(state, *self.grids[name])
             at = at_exact = 0.0
             if bounds is not None:
                 low, high, half = *bounds[:2], bounds[2] / 2
@@ -70,5 +76,9 @@ def state_range(output: Any) -> tuple[float, float, float] | None:
     maker = node.inputs[0].inputs[0] if node.inputs[0].inputs else None
     if maker is not None and maker.op == "Clip" and all(isinstance(v, Constant) for v in maker.inputs[1:]):
         low, high = (int(np.asarray(v.values)) for v in maker.inputs[1:])
-    scale, zero = float(np.asarray(node.inputs[1].values)), int(np.asarray(node.inputs[2].values))
+    return grid_range(float(np.asarray(node.inputs[1].values)), int(np.asarray(node.inputs[2].values)), low, high)
+
+
+def grid_range(scale: float, zero: int, low: int = 0, high: int = 255) -> tuple[float, float, float]:
+    """What the first and the last step of a grid stand for, and how far apart its steps are."""
     return (low - zero) * scale, (high - zero) * scale, scale

@@ -3,6 +3,9 @@
 Which input is the frame and which outputs are alpha and foreground follows from shapes: the frame is the
 input [1,3,H,W] that is no state, alpha the output of the frame's size with one channel, the foreground the one with
 three. A state is taken for one of them only if no other output is like that (some nets feed back their last alpha).
+
+No state is copied between frames: ONNX Runtime hands its outputs out as arrays over its own memory, and reads what it
+is fed where it lies. (Measured from 1.24 on: binding inputs and outputs by hand, into buffers made once, is no faster.)
 """
 
 from __future__ import annotations
@@ -20,10 +23,15 @@ from numpy.typing import NDArray
 from vmq.clips import to_float
 from vmq.errors import MediaError, ModelError, OptionError
 from vmq.graph import Graph
+from vmq.quant import quantize
+from vmq.spec import QuantSpec
 from vmq.states import StatePair, pair_states
 
 STATES_KEY = "vmq.states"
 """Metadata key under which a compiled model names its state pairs, as JSON {input: output}."""
+
+GRIDS_KEY = "vmq.quantized_states"
+"""Metadata key for states that are uint8, as JSON {input: {"scale": s, "zero_point": z}}; the first state is all z."""
 
 RATIO_PIXELS = 512
 """A model with a downsample ratio works on frames whose longer side has this many pixels, if not told otherwise."""
@@ -32,6 +40,7 @@ Array = NDArray[Any]
 
 ort.set_default_logger_severity(3)
 
+_STATE = QuantSpec(8, signed=False)
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 
 
@@ -65,6 +74,7 @@ class Session:
         self._session = create_session(graph, threads=threads, optimize=optimize, extra=extra, label=self.label,
                                        device=device)
         self._states = {p.input: p.output for p in self.state_pairs}
+        self._grids = state_grids(graph)
         self._types = {i.name: _TYPES.get(i.type) for i in self._session.get_inputs()}
         self._shapes = {i.name: [d if isinstance(d, int) else None for d in i.shape]
                         for i in self._session.get_inputs()}
@@ -107,9 +117,14 @@ class Session:
 
     def reset(self) -> None:
         """Back to the state before the first frame: zeros (1x1x1x1 where the model takes any shape)."""
-        self.state: dict[str, Array] = {
+        self.state: dict[str, Array] = self.encode({
             name: np.zeros([1 if d is None else d for d in self._shapes[name]], self._types[name] or np.float32)
-            for name in self._states}
+            for name in self._states})
+
+    def encode(self, state: Mapping[str, Array]) -> dict[str, Array]:
+        """States of another model of the same network as this one takes them: quantized, if here and not there."""
+        return {name: quantize(values, *self._grids[name], _STATE).astype(np.uint8)
+                if name in self._grids and values.dtype != np.uint8 else values for name, values in state.items()}
 
     def step(self, frame: NDArray[np.uint8]) -> dict[str, Array]:
         """Run one frame, uint8 [3,H,W] RGB, and keep the new state. Returns all outputs by name, [1,C,H,W].
@@ -203,10 +218,10 @@ class Session:
 
 
 def _pairs_of(graph: Graph, pairs: Mapping[str, str] | None) -> tuple[StatePair, ...]:
-    if not pairs and STATES_KEY in graph.metadata:
+    if GRIDS_KEY in graph.metadata or (not pairs and STATES_KEY in graph.metadata):
         try:
             found = tuple(StatePair(str(i), str(o)) for i, o in dict(json.loads(graph.metadata[STATES_KEY])).items())
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             raise ModelError(f"the model's metadata {STATES_KEY} is damaged: {error}") from error
         inputs, outputs = {v.name for v in graph.inputs}, {v.name for v in graph.outputs}
         for pair in found:
@@ -215,6 +230,23 @@ def _pairs_of(graph: Graph, pairs: Mapping[str, str] | None) -> tuple[StatePair,
                                  f"{pair.output}, which are not both in the model")
         return found
     return pair_states(graph, pairs)
+
+
+def state_grids(graph: Graph) -> dict[str, tuple[float, int]]:
+    """Scale and zero point of the states that are uint8, by the names of their inputs.
+
+    Raises:
+        ModelError: what the metadata say of them is damaged.
+    """
+    inputs = {v.name for v in graph.inputs}
+    try:
+        grids = {str(name): (float(g["scale"]), int(g["zero_point"]))
+                 for name, g in dict(json.loads(graph.metadata.get(GRIDS_KEY, "{}"))).items()}
+        if not all(name in inputs and scale > 0.0 and 0 <= zero <= 255 for name, (scale, zero) in grids.items()):
+            raise ValueError("it names what is no input, or no grid of uint8")
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"the model's metadata {GRIDS_KEY} is damaged: {error}") from error
+    return grids
 
 
 def create_session(graph: Graph, *, threads: int = 0, optimize: bool = True, extra: Sequence[str] = (),

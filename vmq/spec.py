@@ -70,6 +70,8 @@ class QuantSpec:
 
 DEVICES = ("cpu", "cuda")
 """Where learning computes."""
+STATES = ("float32", "uint8")
+"""Types that recurrent states may have between frames."""
 KEEPABLE = ("first", "last", "depthwise", "pooled", "recurrent")
 """Layers that `--keep WHAT=BITS` can name, all found from topology."""
 
@@ -340,6 +342,7 @@ class Options:
         keep: width of layers that stay wider (or become narrower) than nominal, by `KEEPABLE` or node name.
         pairs: state inputs and outputs paired by hand, where topology alone is ambiguous.
         device: where learning computes, one of `DEVICES`.
+        state: the type that recurrent states have between frames, one of `STATES`.
     """
 
     bits: Bits = field(default_factory=lambda: Bits(8, 8))
@@ -353,8 +356,11 @@ class Options:
     pairs: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
     device: str = "cpu"
+    state: str = "float32"
 
     def __post_init__(self) -> None:
+        if self.state not in STATES:
+            raise OptionError(f"--state {self.state} is not known; give one of {', '.join(STATES)}")
         if self.device not in DEVICES:
             raise OptionError(f"--device {self.device} is not known; give one of {', '.join(DEVICES)}")
         if not self.container:
@@ -392,5 +398,5 @@ class Options:
             "bits": str(self.bits), "recipe": self.recipe.name, "effort": self.effort.name, "target": self.target.name,
             "container": self.container, "size": list(self.size) if self.size else None,
             "downsample_ratio": self.downsample_ratio, "keep": dict(self.keep), "pairs": dict(self.pairs),
-            "seed": self.seed, "device": self.device,
+            "seed": self.seed, "device": self.device, "state": self.state,
         }
