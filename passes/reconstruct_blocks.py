@@ -17,7 +17,9 @@ in memory up to `MEMORY` bytes and in temporary files beyond.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -29,7 +31,7 @@ import torch
 from torch import Tensor
 
 from vmq.crops import Crops, crop_graph
-from vmq.errors import ModelError, PassError
+from vmq.errors import ModelError, OutputError, PassError
 from vmq.fakequant import FakeQuantize
 from vmq.graph import Constant, Graph
 from vmq.lanes import LANES, Lanes
@@ -159,10 +161,15 @@ class _Reconstruction:
         size = 4 * math.prod(shape)
         self.bytes += size
         if self.bytes <= MEMORY:
-            return torch.empty(tuple(shape), device=self.device)
-        with tempfile.NamedTemporaryFile(dir=self.folder) as file:      # the mapping keeps the file's room
-            file.truncate(size)
-            return torch.from_file(file.name, shared=True, size=size // 4).reshape(tuple(shape))
+            with contextlib.suppress(RuntimeError, MemoryError):        # there is none: a file it is
+                return torch.empty(tuple(shape), device=self.device)
+        try:
+            with tempfile.NamedTemporaryFile(dir=self.folder) as file:      # the mapping keeps the file's room
+                os.posix_fallocate(file.fileno(), 0, size)      # a page without room would end the process later
+                return torch.from_file(file.name, shared=True, size=size // 4).reshape(tuple(shape))
+        except OSError as error:
+            raise OutputError(f"cannot keep {size >> 20} MB of what enters blocks in {self.folder.parent} "
+                              f"({error.strerror}); make room there, or set TMPDIR to a folder with room") from error
 
     @torch.no_grad()
     def _advance(self, shadow: Shadow, store: dict[str, Tensor], reads: Iterable[str], gives: Sequence[str],

@@ -29,6 +29,8 @@ from typing import Any, Self, cast
 
 # FFmpeg reads this when the first video is opened; what is wrong with a file is told by exceptions
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+# and this with the first picture: a header may claim any size, and memory is taken before the pixels are looked at
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(1 << 26))
 
 import cv2
 import numpy as np
@@ -144,6 +146,18 @@ def open_clips(paths: Iterable[str | Path], size: Size | None = None) -> list[Cl
     return _with_unique_names(clips)
 
 
+def fingerprint(paths: Iterable[str | os.PathLike[str]]) -> dict[str, tuple[int, int]]:
+    """Size and time of last change (ns) of every picture and video that the paths hold, by its absolute path."""
+    found = {}
+    for path in (Path(p).absolute() for p in paths):
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
+                with contextlib.suppress(OSError):       # gone: that is a change as well
+                    stat = file.stat()
+                    found[str(file)] = stat.st_size, stat.st_mtime_ns
+    return found
+
+
 def sample_clips(clips: Sequence[Clip], frames: int, stretch: int = 32) -> list[Clip]:
     """At most `frames` frames of the clips: all, or stretches of up to `stretch` spread evenly over them."""
     total = sum(len(clip) for clip in clips)
@@ -193,6 +207,8 @@ def _open(path: Path, size: Size | None) -> list[Clip]:
         return found
     if not path.exists():
         raise MediaError(f"{path} does not exist: give {_WANTED}")
+    if not path.is_file():
+        raise MediaError(f"{path} is a device or a pipe: give {_WANTED}")
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return [_images(path.stem, [path], None, size)]
     if path.suffix.lower() in VIDEO_SUFFIXES:

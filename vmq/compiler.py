@@ -18,11 +18,12 @@ from passes import PIPELINE
 from passes.bind_shapes import frame_size
 from vmq import __version__
 from vmq.checkpoint import Checkpoint
-from vmq.clips import Clip, open_clips, sample_clips
+from vmq.clips import Clip, fingerprint, open_clips, sample_clips
 from vmq.dump import Dump
-from vmq.errors import OptionError, OutputError
+from vmq.errors import MediaError, OptionError, OutputError
 from vmq.graph import Graph, check_output
 from vmq.lanes import check_device
+from vmq.lock import locked
 from vmq.pipeline import Context, Observer, PassResult, run_passes
 from vmq.runtime import Session
 from vmq.spec import EFFORTS, Bits, Options, Recipe
@@ -151,21 +152,23 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
     if output is not None:
         _check_output(Path(output), model)
     input_bytes = Path(model).stat().st_size if isinstance(model, (str, os.PathLike)) else len(graph.to_bytes())
+    footage = fingerprint(calib)
     clips, squeezed = _clips(graph, options, calib)
     frames = options.effort.calibration
     sampled = sample_clips(clips, frames, stretch=min(32, max(8, frames // len(clips))))
-    checkpoint = Checkpoint()
-    if output is not None:
-        key = [hashlib.sha256(graph.to_bytes()).hexdigest(), options.describe(), repr(options.recipe),
-               repr(options.effort), [str(Path(p).resolve()) for p in calib],
-               [(c.name, len(c), c.size) for c in clips], __version__, torch.__version__, ort.__version__]
-        checkpoint = Checkpoint(Path(f"{output}.unfinished"), key, resume)
-    context = Context(options, sampled, clips, progress=progress, checkpoint=checkpoint)
-    watchers = [*observers, *([Dump(Path(dump), command)] if dump is not None else [])]
-    results = run_passes(graph, PIPELINE, context, watchers)
-    if output is not None:
-        graph.save(output)
-        checkpoint.finish()
+    context = Context(options, sampled, clips, progress=progress)
+    with locked(Path(p) for p in (output, dump) if p is not None):
+        if output is not None:
+            key = [hashlib.sha256(graph.to_bytes()).hexdigest(), options.describe(), repr(options.recipe),
+                   repr(options.effort), footage, [(c.name, len(c), c.size) for c in clips], __version__,
+                   torch.__version__, ort.__version__]
+            context.checkpoint = Checkpoint(Path(f"{output}.unfinished"), key, resume)
+        watchers = [*observers, *([Dump(Path(dump), command)] if dump is not None else [])]
+        results = run_passes(graph, PIPELINE, context, watchers)
+        _check_unchanged(footage, fingerprint(calib))
+        if output is not None:
+            graph.save(output)
+            context.checkpoint.finish()
     return Result(graph, Path(output) if output is not None else None,
                   {p.name: r for p, r in zip(PIPELINE, results, strict=True)}, len(graph.to_bytes()), input_bytes,
                   frames=(sum(map(len, sampled)), sum(map(len, clips))), synthetic=not calib, squeezed=squeezed)
@@ -176,6 +179,14 @@ def _check_output(path: Path, model: Any) -> None:
     check_output(path)
     if isinstance(model, (str, os.PathLike)) and path.exists() and path.samefile(model):
         raise OutputError(f"cannot write {path}: it is the model that goes in; give -o another name")
+
+
+def _check_unchanged(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Raise MediaError when footage is not what it was when it was opened."""
+    changed = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
+    if changed:
+        raise MediaError(f"{_short(changed)} changed while the model was calibrated on it, so nothing was written; run "
+                         "it again when the footage is complete")
 
 
 def parse_size(size: tuple[int, int] | str | None) -> tuple[int, int] | None:

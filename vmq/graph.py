@@ -9,6 +9,7 @@ asks what a node is called.
 from __future__ import annotations
 
 import heapq
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,6 +33,9 @@ OPSET = 21
 """The opset that vmq works in: the first with 4-bit integers in QuantizeLinear."""
 IR_VERSION = 10
 """The file version that goes with it; every ONNX Runtime with that opset reads it."""
+
+LARGEST = (1 << 31) - 1
+"""Bytes that protobuf, and so a model, can hold."""
 
 _FOUR_BIT = (np.dtype(ml_dtypes.int4), np.dtype(ml_dtypes.uint4))
 
@@ -389,6 +393,11 @@ def _read_proto(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> tup
             path = Path(source)
             if path.is_dir():
                 raise ModelError(f"{label} is a folder; give an ONNX file")
+            if path.exists() and not path.is_file():
+                raise ModelError(f"{label} is a device or a pipe; give an ONNX file")
+            if path.exists() and path.stat().st_size > LARGEST:
+                raise ModelError(f"{label} has {path.stat().st_size / 1e9:.1f} GB, and an ONNX file at most 2; give an "
+                                 "ONNX file")
             model = onnx.load_from_string(path.read_bytes())
         else:
             model = onnx.load_from_string(source)
@@ -402,8 +411,11 @@ def _read_proto(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> tup
         raise ModelError(f"{label} is not an ONNX model, or is truncated ({_first_line(error)})") from error
     if not isinstance(source, bytes):
         try:
+            _bound_external_data(model, label)
             onnx.load_external_data_for_model(model, str(path.parent))
-        except (OSError, onnx.checker.ValidationError, ValueError) as error:
+        except ModelError:
+            raise
+        except (OSError, onnx.checker.ValidationError, ValueError, KeyError) as error:
             raise ModelError(f"{label}: its external data cannot be read ({_first_line(error)})") from error
     if not model.graph.node or not model.opset_import:
         raise ModelError(f"{label} is not an ONNX model, or is empty: it has no nodes")
@@ -415,6 +427,27 @@ def _read_proto(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> tup
                          + (f" ({where.strip()[:200]})" if where else "")
                          + "; export it again, with standard operators only") from error
     return model, label
+
+
+def _bound_external_data(model: onnx.ModelProto, label: str) -> None:
+    """Note with every tensor in another file how many bytes it has, so that no more than these are read.
+
+    Raises:
+        ModelError: they are more than an ONNX file could hold.
+    """
+    total = 0
+    attributes = (a for n in model.graph.node for a in n.attribute)
+    for tensor in (*model.graph.initializer, *(a.t for a in attributes if a.HasField("t"))):
+        if not onnx.external_data_helper.uses_external_data(tensor):
+            continue
+        kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+        size = max(0, math.prod(tensor.dims) * kind.itemsize)
+        size = (size + 1) // 2 if kind in _FOUR_BIT else size
+        total += size
+        if all(entry.key != "length" for entry in tensor.external_data):
+            tensor.external_data.add(key="length", value=str(size))
+    if total > LARGEST:
+        raise ModelError(f"{label}: its external data are {total / 1e9:.1f} GB, more than vmq takes (2)")
 
 
 def _refuse_unsupported(model: onnx.ModelProto, label: str) -> None:

@@ -1,0 +1,122 @@
+"""Hostile models and media are refused in one line; what a pickle would do never happens."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import vmq
+from vmq.checkpoint import Checkpoint
+from vmq.clips import open_clips
+from vmq.errors import MediaError, ModelError
+from vmq.graph import Graph
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+
+import fuzz
+
+
+class Bomb:
+    """A pickle that, loaded, leaves a file behind."""
+
+    def __reduce__(self) -> tuple[object, tuple[str, int]]:
+        return os.mkdir, ("exploded", 0o755)
+
+
+def external(folder: Path, **entries: str) -> Path:
+    """The fuzzer's network with its first weight in another file."""
+    model = fuzz.network()
+    tensor = next(i for i in model.graph.initializer if i.name == "w0")
+    (folder / "w.bin").write_bytes(tensor.raw_data)
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in ({"location": "w.bin"} | entries).items():
+        tensor.external_data.add(key=key, value=value)
+    path = folder / "m.onnx"
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_external_data_stay_in_the_folder_and_are_bounded(tmp_path: Path):
+    assert Graph.load(external(tmp_path)).value("w0").values.shape == (8, 3, 3, 3)
+    with (tmp_path / "w.bin").open("r+b") as file:            # a sparse terabyte behind it is not read
+        file.truncate(1 << 40)
+    path = tmp_path / "m.onnx"
+    assert Graph.load(path).value("w0").values.shape == (8, 3, 3, 3)
+    for entries in ({"location": "/etc/passwd"}, {"location": "../w.bin"}, {"location": "none.bin"},
+                    {"location": "/dev/zero"}, {"length": "-1"}, {"offset": str(2**62)}, {"offset": "x"}):
+        with pytest.raises(ModelError, match=r"m\.onnx: its external data cannot be read"):
+            Graph.load(external(tmp_path, **entries))
+    model = onnx.load(external(tmp_path), load_external_data=False)
+    next(i for i in model.graph.initializer if i.name == "w0").dims[0] = 10**9
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ModelError, match=r"its external data are 108\.0 GB, more than"):
+        Graph.load(path)
+
+
+def test_devices_and_pipes_are_not_read(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ModelError, match="is a device or a pipe"):
+        Graph.load("/dev/zero")
+    with pytest.raises(ModelError, match="is a device or a pipe"):
+        Graph.load(tmp_path / "pipe.png")
+    with pytest.raises(MediaError, match="is a device or a pipe"):
+        open_clips([tmp_path / "pipe.png"])
+    (tmp_path / "big.onnx").touch()
+    os.truncate(tmp_path / "big.onnx", 1 << 40)
+    with pytest.raises(ModelError, match=r"has 1099.5 GB, and an ONNX file at most 2"):
+        Graph.load(tmp_path / "big.onnx")
+
+
+def test_a_picture_that_claims_to_be_huge(tmp_path: Path):
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+                                     + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b""))
+    with pytest.raises(MediaError, match=r"a\.png cannot be decoded"):
+        open_clips([tmp_path / "a.png"])
+
+
+def test_pickles_are_never_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    bomb = pickle.dumps(Bomb())
+    for name in ("model.onnx", "model.pth"):
+        Path(name).write_bytes(bomb)
+        with pytest.raises(ModelError, match="is not an ONNX model"):
+            vmq.compile(name)
+    Path("a.png").write_bytes(bomb)
+    with pytest.raises(MediaError):
+        open_clips(["a.png"])
+    kept = Checkpoint(Path("out.unfinished"), "key", resume=True)
+    kept.save("blocks", {"a": np.zeros(3)})
+    entry, = Path("out.unfinished").iterdir()
+    np.savez(entry, names=np.array(["a"]), a0=np.array([Bomb()], object))
+    assert kept.load("blocks") is None
+    assert not Path("exploded").exists()
+
+
+def test_the_fuzzer_finds_nothing_in_its_first_cases():
+    done = subprocess.run([sys.executable, fuzz.__file__, "--cases", "8", "--minutes", "3"], capture_output=True,
+                          text=True, env={**os.environ, "PYTHONPATH": str(Path(vmq.__file__).parents[1])}, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.match(r"\d cases in ", done.stdout)
+
+
+@pytest.mark.parametrize(("status", "said", "verdict"), [
+    (0, "", "done"), (2 << 8, "vmq: error: no\n", "refused"), (1 << 8, "Traceback", "exit code 1"),
+    (2 << 8, "a\nb\n", "not one line"), (2 << 8, "vmq: error: KeyError: 'x'\n", "unclear"), (11, "", "dies of SIGSEGV"),
+    (None, "", "takes too long")])
+def test_what_counts_as_a_find(status: int | None, said: str, verdict: str):
+    assert fuzz._verdict(status, said) == verdict
