@@ -89,6 +89,16 @@ def test_a_picture_that_claims_to_be_huge(tmp_path: Path):
         open_clips([tmp_path / "a.png"])
 
 
+def test_a_png_whose_checksums_are_wrong(tmp_path: Path):
+    """OpenCV would give other pixels, or print what libpng thinks of them."""
+    good = fuzz.cv2.imencode(".png", np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8))[1].tobytes()
+    (tmp_path / "a.png").write_bytes(good)
+    assert len(open_clips([tmp_path / "a.png"])) == 1
+    (tmp_path / "a.png").write_bytes(good[:100] + bytes([good[100] ^ 1]) + good[101:])
+    with pytest.raises(MediaError, match=r"a\.png is damaged \(\d+ bytes\): replace"):
+        open_clips([tmp_path / "a.png"])
+
+
 def test_pickles_are_never_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     bomb = pickle.dumps(Bomb())

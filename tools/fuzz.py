@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -286,7 +287,8 @@ def make_case(number: int, seeds: Seeds, folder: Path) -> tuple[str, list[str]]:
             name = rng.choice(sorted(seeds.media))
         if name.endswith(".png") and rng.random() < 0.3:
             size = rng.choice((0, 1, 65_535, 30_000, 2**31 - 1)).to_bytes(4, "big")
-            data = data[:16] + size + size + data[24:]
+            header = data[12:16] + size + size + data[24:29]
+            data = data[:12] + header + zlib.crc32(header).to_bytes(4, "big") + data[33:]
     (footage / name).write_bytes(data)
     if kind == "media" and rng.random() < 0.5:
         return kind, ["run", str(model), str(footage / name), "-o", str(folder / "out"), "-q"]

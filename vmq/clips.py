@@ -21,6 +21,7 @@ import re
 import shutil
 import tempfile
 import weakref
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -302,19 +303,34 @@ def _images(name: str, pictures: list[Path], truth: list[Path] | None, size: Siz
 
 
 def _read_image(path: Path, mode: int) -> Frame:
-    """Decode a picture; a truncated one, which OpenCV would fill up with grey, is an error."""
+    """Decode a picture; a truncated or damaged one, of which OpenCV would make up the rest, is an error."""
     data = _content(path)
     truncated = (data.startswith(b"\xff\xd8") and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")) or (
         data.startswith(b"\x89PNG") and b"IEND" not in data
     )
+    damaged = data.startswith(b"\x89PNG") and not truncated and not _sums_are_right(data)
     image = None
-    if data and not truncated:
+    if data and not truncated and not damaged:
         with _quiet(), contextlib.suppress(cv2.error):
             image = cv2.imdecode(np.frombuffer(data, np.uint8), mode)
     if image is None:
-        what = "is empty" if not data else "is truncated" if truncated else "cannot be decoded"
+        what = ("is empty" if not data else "is truncated" if truncated else "is damaged" if damaged
+                else "cannot be decoded")
         raise MediaError(f"{path} {what} ({len(data)} bytes): replace or remove the file")
     return cast(Frame, image)
+
+
+def _sums_are_right(png: bytes) -> bool:
+    """Whether the checksums of a PNG's chunks are those of their content."""
+    place = 8
+    while place + 12 <= len(png):
+        end = place + 8 + int.from_bytes(png[place:place + 4])
+        if zlib.crc32(png[place + 4:end]) != int.from_bytes(png[end:end + 4]):
+            return False
+        if png[place + 4:place + 8] == b"IEND":
+            return True
+        place = end + 4
+    return False
 
 
 def _content(path: Path, most: int = -1) -> bytes:
