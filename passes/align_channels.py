@@ -34,11 +34,12 @@ class AlignChannels(Pass):
     def run(self, graph: Graph, context: Context) -> PassResult:
         if not context.options.target.integer_layout:
             return PassResult()
+        made: dict[tuple[int, int, int], Any] = {}             # padded constants: what was shared stays shared
         for node in list(graph.nodes):
             if node.op == "Conv" and _takes_channels(node, node.inputs[0]):
                 _join_nothing(graph, node.inputs[0])
-        concats = sum(_widen_concat(graph, n) for n in list(graph.nodes) if n.op == "Concat")
-        groups = sum(_widen_depthwise(graph, n) for n in list(graph.nodes) if _is_depthwise(n))
+        concats = sum(_widen_concat(graph, n, made) for n in list(graph.nodes) if n.op == "Concat")
+        groups = sum(_widen_depthwise(graph, n, made) for n in list(graph.nodes) if _is_depthwise(n))
         if concats + groups:
             graph.sort()
         return PassResult(modified=concats + groups, report={"concats": concats, "depthwise": groups})
@@ -63,7 +64,7 @@ def _is_picture(value: Any) -> bool:
     return not isinstance(value, Constant)
 
 
-def _widen_concat(graph: Graph, concat: Any) -> bool:
+def _widen_concat(graph: Graph, concat: Any, made: dict[tuple[int, int, int], Any]) -> bool:
     """Widen a Concat in front of convolutions."""
     joined = concat.outputs[0]
     shape: list[Any] = list(joined.shape or [])
@@ -78,11 +79,11 @@ def _widen_concat(graph: Graph, concat: Any) -> bool:
     concat.inputs.append(zeros)
     joined.shape = [shape[0], shape[1] + missing, *shape[2:]]
     for reader in joined.outputs:
-        _pad(graph, reader, 1, 1, missing)
+        _pad(graph, reader, 1, 1, missing, made)
     return True
 
 
-def _widen_depthwise(graph: Graph, node: Any) -> bool:
+def _widen_depthwise(graph: Graph, node: Any, made: dict[tuple[int, int, int], Any]) -> bool:
     """Widen all that shares its channels with a depthwise convolution, from the layers that make them on."""
     channels = node.inputs[1].shape[0]
     missing = -channels % DEPTHWISE
@@ -113,22 +114,25 @@ def _widen_depthwise(graph: Graph, node: Any) -> bool:
                 return False
     for maker in (*makers.values(), *groups.values()):
         for index in range(1, len(maker.inputs)):
-            _pad(graph, maker, index, 0, missing)
+            _pad(graph, maker, index, 0, missing, made)
     for group in groups.values():
         group.attrs["group"] = channels + missing
     for reader in readers.values():
-        _pad(graph, reader, 1, 1, missing)
+        _pad(graph, reader, 1, 1, missing, made)
     for value in shared.values():
         value.shape = [value.shape[0], channels + missing, *value.shape[2:]]
     return True
 
 
-def _pad(graph: Graph, node: Any, index: int, axis: int, missing: int) -> None:
+def _pad(graph: Graph, node: Any, index: int, axis: int, missing: int, made: dict[tuple[int, int, int], Any]) -> None:
     """Add zeros at the end of an axis of a constant that a node reads."""
     constant = node.inputs[index]
-    values = np.asarray(constant.values)
-    widths = [(0, missing if a == axis else 0) for a in range(values.ndim)]
-    node.inputs[index] = graph.constant(f"{constant.name}_aligned", np.pad(values, widths))
+    key = (id(constant), axis, missing)
+    if key not in made:
+        values = np.asarray(constant.values)
+        widths = [(0, missing if a == axis else 0) for a in range(values.ndim)]
+        made[key] = graph.constant(f"{constant.name}_aligned", np.pad(values, widths))
+    node.inputs[index] = made[key]
 
 
 def _is_depthwise(node: Any) -> bool:

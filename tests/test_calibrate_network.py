@@ -267,15 +267,13 @@ def test_gamma_and_beta_vanish_without_changing_the_function(start: tuple[Graph,
                                                              calibrated_affine: dict[str, Any]):
     graph = calibrated_affine["graph"]
     same_nodes(start[0], graph)
-    ours: list[NDArray[Any]] = []
+    exact: list[bool] = []
     for feeds, expected in zip(calibrated_affine["feeds"], calibrated_affine["outputs"], strict=True):
         found, plain = run_onnx(graph, feeds), run_onnx(start[0], feeds)
         for name, value in expected.items():
-            ours.append(np.abs(found[name] - value).ravel())
             assert np.abs(plain[name] - value).mean() > 1e-3     # it did change what the network computes
-    off = np.concatenate(ours)
-    assert (off < 1e-5).mean() > 0.999                        # a value next to a tie may fall to the other side
-    assert off.mean() < 1e-5
+        exact.append(all(np.abs(found[name] - value).max() < 1e-6 for name, value in expected.items()))
+    assert sum(exact) >= len(exact) - 1        # a value next to a tie may fall to the other side, and take others along
 
 
 def test_rounding_is_what_it_was(start: tuple[Graph, Context], calibrated_affine: dict[str, Any]):
@@ -559,7 +557,7 @@ def test_feed_forward():
 
 
 def test_two_states():
-    _, result = calibrate(detuned(prepared(read(at(LSTM)))), EVERYTHING, steps=12, gates=3)
+    _, result = calibrate(detuned(prepared(read(at(LSTM)))), EVERYTHING, steps=12, gates=4)
     assert min(gates(result)) < 0.9 * gates(result)[0]
 
 
