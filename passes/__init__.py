@@ -17,6 +17,7 @@ from passes.fold_shapes import FoldShapes
 from passes.fuse_hardswish import FuseHardswish
 from passes.insert_qdq import InsertQdq
 from passes.integer_forms import IntegerForms
+from passes.limit_weights import LimitWeights
 from passes.lower import Lower
 from passes.move_integers import MoveIntegers
 from passes.pack_columns import PackColumns
@@ -44,6 +45,7 @@ PIPELINE: tuple[Pass, ...] = (
     CorrectBiases(),
     ReconstructBlocks(),
     CalibrateNetwork(),
+    LimitWeights(),
     QuantizeBiases(),
     Lower(),
     MoveIntegers(),

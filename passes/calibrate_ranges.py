@@ -52,12 +52,13 @@ class CalibrateRanges(Pass):
         names = list(dict.fromkeys(called.values()))
         observed = _observe(context.reference, names, context, recipe.samples)
 
+        limits = context.options.target.weight_range
         for index, nodes in enumerate(groups.values()):
             node = nodes[0]
             source, spec = sources[id(node)], QuantSpec.of(node.inputs[2].dtype, node.attrs.get("axis"))
             if spec.signed:
                 scale = search_weight_scale(np.asarray(source.values), spec, norm=recipe.range_norm,
-                                            steps=recipe.range_steps)
+                                            steps=recipe.range_steps, limits=limits if spec.bits == 8 else None)
                 zero = np.zeros(scale.shape, np.int32)
             else:
                 seen = [_Seen.of_constant(s) if isinstance(s, Constant) else observed[called[k]] for k, s in {

@@ -33,7 +33,7 @@ MINIMUM_RUNTIME = {"int4cast": "1.24", "int8": "1.20", "int4": "1.20"}
 
 
 class Lower(Pass):
-    """Store weights as integers, 4-bit activations as uint8 with Clip(0, 15); write the metadata."""
+    """Store weights as integers, 4-bit activations as uint8 with a Clip to 16 levels; write the metadata."""
 
     name: ClassVar[str] = "lower"
 

@@ -19,7 +19,8 @@ LEAST = dataclasses.replace(TINY, block_iterations=2, steps=2, gates=1, sequence
 RECIPES = sorted(p.stem for p in (Path(vmq.__file__).parent / "recipes").glob("*.toml"))
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [r if r in ("vmq", "ptq4vm") else pytest.param(r, marks=pytest.mark.slow)
+                                    for r in RECIPES])
 def test_the_same_bytes_twice(recipe: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(sys.modules[vmq.Result.__module__], "EFFORTS", {**EFFORTS, "tiny": LEAST})
     monkeypatch.setattr(sys.modules[vmq.Result.__module__], "synthetic_clips", lambda *_, **__: clips(2, 5))

@@ -46,6 +46,7 @@ NOT_RUN = {
     r"node \S*matte\.mjs ": "tests/test_examples.py::test_javascript",
     r"(g\+\+ .*matte\.cc|\./matte) ": "tests/test_examples.py::test_cpp",
     r"npm install ": "tests/test_examples.py::test_javascript",
+    r"tools/check_(qnn|openvino|arm) ": "downloads its own environment; tests/test_check_targets.py runs the parts",
     r"tools/web( |$)": "tests/test_web.py::test_alpha_is_that_of_python",
     r"python3 -m http\.server ": "serves until it is stopped; tests/test_web.py serves the page",
     r"ffmpeg ": "a program of its own; the examples are tested on the frames that it would write",

@@ -21,10 +21,12 @@ EXAMPLES = ROOT / "docs" / "examples"
 FRAMES = 5
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["float32", "uint8"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("compiled") / "model.onnx"
-    vmq.compile(network(), bits=4, recipe="mse", effort="fast", output=path)
+    vmq.compile(network(), bits=4, recipe="mse", effort="fast", state=request.param, output=path)
+    kinds = {i.type for i in ort.InferenceSession(str(path)).get_inputs()}
+    assert ("tensor(uint8)" in kinds) == (request.param == "uint8")
     return path
 
 

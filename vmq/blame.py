@@ -7,10 +7,11 @@ For a closure K of the compiled graph, with d(...) the mean |alpha - float alpha
 
 Gains say what there is to win by keeping K wider, costs where error would come from in a network that is otherwise
 exact. The two differ because errors cancel and saturate, and because learned layers make up for what layers before
-them lost: costs are not shares of the whole error. Masking a closure bypasses
-the Q/DQ pairs behind its tensors and gives its layers the float model's weights and biases. What is left is a QDQ
-model like any other, and ONNX Runtime runs it. A tensor belongs to the closure that makes it; weights, the frame and
-the states to the closure that reads them first.
+them lost: costs are not shares of the whole error.
+
+Masking a closure bypasses the Q/DQ pairs behind its tensors and gives its layers the float model's weights and biases.
+What is left is a QDQ model like any other, and ONNX Runtime runs it. A tensor belongs to the closure that makes it;
+weights, the frame and the states to the closure that reads them first.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ def closure_quantizers(quantized: Graph, closures: Mapping[str, Collection[str]]
     units = {name: set[str]() for name in names}
     for node in quantized.nodes:
         if node.op == "DequantizeLinear":
-            units[names[home[node.name]]].add(node.name)
+            pair = quantizer_of(node)                  # behind a Clip, too, it belongs to what makes the value
+            units[names[home[pair[0].name if pair is not None else node.name]]].add(node.name)
     return units
 
 

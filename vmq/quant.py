@@ -109,8 +109,16 @@ def search_range(samples: NDArray[Any], low: float, high: float, spec: QuantSpec
     return scale_of_range(lo, hi, spec)
 
 
-def search_weight_scale(weight: NDArray[Any], spec: QuantSpec, *, norm: float = 2.4, steps: int = 100) -> Floats:
+def search_weight_scale(weight: NDArray[Any], spec: QuantSpec, *, norm: float = 2.4, steps: int = 100,
+                        limits: tuple[int, int] | None = None) -> Floats:
     """Scales of a symmetric weight grid that minimise the p-norm error, one per channel of `spec.axis`.
+
+    Args:
+        weight: any shape.
+        spec: a signed grid.
+        norm: p.
+        steps: scales tried, as equal shares of the full one.
+        limits: smallest and largest integer that is used; default: all of the grid.
 
     Returns:
         float32 [channels], or [] when the axis is None. A channel of zeros gets scale 1.
@@ -119,11 +127,12 @@ def search_weight_scale(weight: NDArray[Any], spec: QuantSpec, *, norm: float = 
         else weight.reshape(1, -1)
     rows = rows.astype(np.float32)
     largest = np.abs(rows).max(axis=1)
-    full = np.maximum(largest / spec.qmax, SMALLEST_SCALE).astype(np.float32)
+    low, high = limits or (spec.qmin, spec.qmax)
+    full = np.maximum(largest / high, SMALLEST_SCALE).astype(np.float32)
     scale, least = full.copy(), np.full(len(rows), np.inf)
     for shrink in np.arange(steps, 0, -1) / steps:
         tried = np.maximum(full * np.float32(shrink), np.float32(SMALLEST_SCALE))
-        q = np.clip(np.rint(rows / tried[:, None]), spec.qmin, spec.qmax)
+        q = np.clip(np.rint(rows / tried[:, None]), low, high)
         off = np.abs(q - rows / tried[:, None]) * np.float32(shrink)       # the error in units of `full`
         error = np.power(off, np.float32(norm)).sum(axis=1, dtype=np.float64)
         better = error < least

@@ -64,8 +64,9 @@ def comparison_page(seen: Comparison) -> str:
     settings = listing((k, f"{said(a)} → {said(b)}") for k, (a, b) in seen.settings.items()) \
         if seen.settings else "<p>None.</p>"
     lines = [(name, i.loop.closed) for name, i in (("A", seen.first), ("B", seen.second)) if i.loop is not None]
+    time = "<p>The error of alpha, frame by frame, on own states.</p>" + _chart(lines, first=1)
     sections = [("settings", "Settings that differ", settings), ("pipeline", "Pipeline", passes),
-                ("time", "Over time", "<p>The error of alpha, frame by frame, on own states.</p>" + _chart(lines)),
+                ("time", "Over time", time),
                 ("better", "Better in B", _changes(seen.better)), ("worse", "Worse in B", _changes(seen.worse)),
                 ("tensors", "All tensors", _changes(seen.tensors))]
     data = json.dumps(seen.to_json()).replace("</", "<\\/")
@@ -183,7 +184,7 @@ def _pipeline(seen: Inspection) -> str:
     rows, before, calibrated = [], None, False
     for entry, score in zip(seen.passes, scores, strict=True):
         known = entry["alpha_MAD"] is not None
-        over = before is not None and known and score > 1.1 * before and score - before > 0.05
+        over = before is not None and known and score > 1.05 * before and score - before > 0.05
         bar = f'<span class="bar{" over" if over else ""}" style="width:{max(0.3, 100 * score / most):.1f}%"></span>' \
             if known else ""
         rows.append(f'<tr><th scope="row" class="name short">{_e(entry["name"])}</th>'
@@ -304,8 +305,8 @@ def _time(seen: Inspection) -> str:
     return f"<p>{text}</p>{_chart(series)}{numbers}{shares}"
 
 
-def _chart(series: Sequence[tuple[str, Sequence[float]]]) -> str:
-    """Lines over frames, as SVG with a legend."""
+def _chart(series: Sequence[tuple[str, Sequence[float]]], first: int = 0) -> str:
+    """Lines over frames, as SVG with a legend; `first` is the first line's colour."""
     width, height, left, bottom = 900, 320, 62, 40
     count = len(series[0][1])
     top = max(max(s) for _, s in series) or 1.0
@@ -323,7 +324,7 @@ def _chart(series: Sequence[tuple[str, Sequence[float]]]) -> str:
     parts += [f'<text x="{x(t):.1f}" y="{height - 14}" text-anchor="middle">{t}</text>'
               for t in range(0, count, max(1, count // 8))]
     legend = []
-    for index, (name, values) in reversed(list(enumerate(series))):
+    for index, (name, values) in reversed(list(enumerate(series, first))):
         style = f'style="stroke:var(--s{min(index, 5)})" stroke-dasharray="{DASHES[min(index, 5)]}"'
         points = " ".join(f"{x(t):.1f},{y(v):.1f}" for t, v in enumerate(values))
         parts.append(f'<polyline class="series" {style} points="{points}"/>')

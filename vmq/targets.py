@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 
@@ -36,6 +36,7 @@ class Target:
             taken; None: it stays float.
         saturates: what keeps a 4-bit activation within its 16 levels: "uint8", a Clip of the integers, or "float", a
             Clip of the float value between two Q/DQ pairs.
+        weight_range: smallest and largest integer of 8-bit weights that the target multiplies exactly.
         containers: how 4-bit weights may be stored, the best first (passes/lower.py says what each is).
     """
 
@@ -50,6 +51,7 @@ class Target:
     integer_layout: bool = False
     saturates: str = "uint8"
     wide: int | None = None
+    weight_range: tuple[int, int] = (-127, 127)
 
 
 _LAYERS: Mapping[str, Operands] = MappingProxyType({
@@ -58,19 +60,24 @@ _LAYERS: Mapping[str, Operands] = MappingProxyType({
     "Gemm": Operands((0, 1), 1),
 })
 
+# What fuses to integer kernels in the CPU execution provider of ONNX Runtime (1.24 to 1.31).
+_CPU = Target(
+    name="cpu",
+    compute=_LAYERS,
+    carriers=frozenset({"Add", "Mul", "Concat", "GlobalAveragePool", "Sigmoid", "LeakyRelu"}),
+    pools=frozenset({"AveragePool"}),
+    forms=frozenset({"HardSigmoid", "HardSwish", "Tanh", "Sub", "Resize"}),
+    movers=frozenset({"Split", "Slice", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "MaxPool"}),
+    absorbed=frozenset({"Relu"}),
+    integer_layout=True,
+    containers=("int4cast", "int8", "int4"),
+)
+
 TARGETS: Mapping[str, Target] = MappingProxyType({t.name: t for t in (
-    # What fuses to integer kernels in the CPU execution provider of ONNX Runtime (1.24 to 1.31).
-    Target(
-        name="cpu",
-        compute=_LAYERS,
-        carriers=frozenset({"Add", "Mul", "Concat", "GlobalAveragePool", "Sigmoid", "LeakyRelu"}),
-        pools=frozenset({"AveragePool"}),
-        forms=frozenset({"HardSigmoid", "HardSwish", "Tanh", "Sub", "Resize"}),
-        movers=frozenset({"Split", "Slice", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "MaxPool"}),
-        absorbed=frozenset({"Relu"}),
-        integer_layout=True,
-        containers=("int4cast", "int8", "int4"),
-    ),
+    _CPU,
+    # x86 without VNNI adds two products in 16 bits: 7 bits of weight keep the sum within. A Resize as a convolution
+    # has weights of its own, of 8.
+    replace(_CPU, name="cpu-avx2", weight_range=(-64, 63), forms=_CPU.forms - {"Resize"}),
     # What the HTP backend of the QNN execution provider (2.7) takes; tools/check_qnn is the judge. Nothing stays float.
     Target(
         name="qnn",

@@ -142,7 +142,7 @@ class _Grid:
 
     @property
     def spec(self) -> QuantSpec:
-        return QuantSpec(4 if self.high - self.low < 16 else 8, self.low < 0)
+        return QuantSpec((self.high - self.low + 1).bit_length() - 1, self.low < 0)
 
     @property
     def ends(self) -> tuple[float, float]:
