@@ -34,7 +34,7 @@ class AlignChannels(Pass):
     def run(self, graph: Graph, context: Context) -> PassResult:
         if not context.options.target.integer_layout:
             return PassResult()
-        made: dict[tuple[int, int, int], Any] = {}             # padded constants: what was shared stays shared
+        made: dict[tuple[int, int, int], Any] = {}    # constants before and after: what was shared stays shared
         for node in list(graph.nodes):
             if node.op == "Conv" and _takes_channels(node, node.inputs[0]):
                 _join_nothing(graph, node.inputs[0])
@@ -131,8 +131,8 @@ def _pad(graph: Graph, node: Any, index: int, axis: int, missing: int, made: dic
     if key not in made:
         values = np.asarray(constant.values)
         widths = [(0, missing if a == axis else 0) for a in range(values.ndim)]
-        made[key] = graph.constant(f"{constant.name}_aligned", np.pad(values, widths))
-    node.inputs[index] = made[key]
+        made[key] = constant, graph.constant(f"{constant.name}_aligned", np.pad(values, widths))
+    node.inputs[index] = made[key][1]
 
 
 def _is_depthwise(node: Any) -> bool:
