@@ -18,21 +18,20 @@ Parameter names are those of the authors' released state dicts, whose weights ar
 
 from __future__ import annotations
 
-import argparse
-import os
-import pickle
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from models.exporting import Parser, WeightsError, fit, load_state, parse_size, written_whole
+
+__all__ = ["INPUT_NAMES", "OUTPUT_NAMES", "REFINERS", "RVM", "VARIANTS", "WeightsError", "build", "export",
+           "load_state"]
 
 VARIANTS = ("mobilenetv3", "resnet50")
 REFINERS = ("deep", "fast")
@@ -57,10 +56,6 @@ _MOBILENETV3_LARGE = (
     (5, 960, 160, True, True, 1, 2),
     (5, 960, 160, True, True, 1, 2),
 )
-
-
-class WeightsError(ValueError):
-    """The weights file cannot be read, or does not fit the network."""
 
 
 # ---------------------------------------------------------------------------------------------------- backbones
@@ -445,29 +440,6 @@ class RVM(nn.Module):
         return ((residual + src).clamp(0, 1), alpha.clamp(0, 1), *states)
 
 
-def load_state(path: Path | str) -> dict[str, Tensor]:
-    """The state dict in a .safetensors or .pth file (the latter opened without running code in it).
-
-    Raises:
-        WeightsError: unreadable, or something else than named tensors.
-    """
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            state: object = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise WeightsError(f"no such weights file: {path}") from None
-    except OSError as error:
-        raise WeightsError(f"cannot read {path}: {error.strerror or error}") from None
-    except (RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError):
-        raise WeightsError(f"{path} is neither .safetensors nor a .pth with a plain state dict, or damaged") from None
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise WeightsError(f"{path} holds no state dict of named tensors; save model.state_dict() and use that")
-    return dict(state)
-
-
 def build(
     variant: str = "mobilenetv3", state: Mapping[str, Tensor] | None = None, *,
     refiner: str | None = None, seed: int = 0,
@@ -487,23 +459,8 @@ def build(
             return model
     unused = ("project_seg.",) if refiner == "deep" else ("project_seg.", "refiner.")
     given = {name: value for name, value in state.items() if not name.startswith(unused)}
-    own = model.state_dict()
-    counters = {name for name in own if name.endswith("num_batches_tracked")}
-    faults = {
-        "missing": [name for name in own if name not in given and name not in counters],
-        "unexpected": [name for name in given if name not in own],
-        "of another shape": [
-            f"{name} {list(given[name].shape)} instead of {list(value.shape)}"
-            for name, value in own.items() if name in given and given[name].shape != value.shape
-        ],
-        "not finite": [name for name, value in given.items() if not torch.isfinite(value).all()],
-    }  # fmt: skip
-    if any(faults.values()):
-        said = "; ".join(f"{len(names)} {what}: {_abridged(names)}" for what, names in faults.items() if names)
-        if all(name.startswith("refiner.") for names in faults.values() for name in names):
-            said += "; the fast refiner needs no weights"
-        raise WeightsError(f"the weights do not fit RVM {variant} with refiner {refiner or 'none'}: {said}")
-    model.load_state_dict(given, strict=False)
+    fit(model, given, f"RVM {variant} with refiner {refiner or 'none'}",
+        hints={"refiner.": "the fast refiner needs no weights"})
     return model
 
 
@@ -513,11 +470,6 @@ def _keep_signal_alive(model: RVM) -> None:
         if isinstance(module, nn.Conv2d) and module is not getattr(model.refiner, "box_filter", None):
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
     model.project_mat.conv.load_state_dict({"bias": torch.full((4,), 0.5)}, strict=False)
-
-
-def _abridged(names: Sequence[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 # --------------------------------------------------------------------------------------------------------- export
@@ -589,7 +541,7 @@ def export(
     # Two habits of the exporter: it puts the module back into the mode found, and in eval mode it merges equal
     # constants and reads them through Identity nodes. This mode is the wrapper's own and changes no BatchNorm.
     module.training = keep_bn
-    with _written_whole(path) as temporary, warnings.catch_warnings():
+    with written_whole(path) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer, about the shapes it is meant to fix; of the exporter's age
         torch.onnx.export(
             module, inputs, temporary, input_names=names, output_names=list(OUTPUT_NAMES), dynamic_axes=axes,
@@ -602,32 +554,9 @@ def _state_axes(state: str) -> list[str]:
     return [f"{state}_{axis}" for axis in ("batch", "channels", "height", "width")]
 
 
-@contextmanager
-def _written_whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that replaces it when the block ends well, and goes when it does not."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _size(text: str) -> tuple[int, int]:
-    width, _, height = text.partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no WIDTHxHEIGHT such as 512x288")
-    return int(height), int(width)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m models.rvm",
         description="Export Robust Video Matting (weights: GPL-3.0, by its authors) to ONNX.",
         epilog="example: python -m models.rvm --weights rvm_mobilenetv3.pth --size 512x288 -o rvm.onnx",
@@ -637,7 +566,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--variant", choices=VARIANTS, default="mobilenetv3")
     add("--refiner", choices=REFINERS, help="guided filter to full size (with --dynamic: deep by default)")
     add("--keep-bn", action="store_true", help="leave BatchNormalization unfolded")
-    add("--size", type=_size, default=(288, 512), metavar="WxH", help="of the input video (default 512x288)")
+    add("--size", type=parse_size, default=(288, 512), metavar="WxH", help="of the input video (default 512x288)")
     add("--downsample-ratio", type=float, default=1.0, metavar="R", help="run on a smaller image (default 1)")
     add("--dynamic", action="store_true", help="free sizes and a downsample_ratio input")
     add("--opset", type=int, metavar="N", help="default 17; 12 with --dynamic")

@@ -6,6 +6,7 @@ from passes.bind_shapes import BindShapes
 from passes.calibrate_network import CalibrateNetwork
 from passes.calibrate_ranges import CalibrateRanges
 from passes.check_input import CheckInput
+from passes.compute_in_float32 import ComputeInFloat32
 from passes.correct_biases import CorrectBiases
 from passes.double_sizes import DoubleSizes
 from passes.equalize import Equalize
@@ -32,6 +33,7 @@ PIPELINE: tuple[Pass, ...] = (
     RaiseOpset(),
     BindShapes(),
     FoldShapes(),
+    ComputeInFloat32(),
     FloorPooling(),
     FuseHardswish(),
     FoldBatchnorm(),

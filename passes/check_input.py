@@ -1,4 +1,4 @@
-"""Refuse what must not be quantized: models that are quantized already, NaN weights, other float types.
+"""Refuse what must not be quantized: models that are quantized already, and weights that are NaN or infinite.
 
 Found here, bad input is one clear line; found three passes later, it is a riddle.
 """
@@ -15,11 +15,10 @@ from vmq.pipeline import Context, Pass, PassResult
 
 QUANTIZED = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger",
                        "QLinearConv", "QLinearMatMul"})
-OTHER_FLOATS = frozenset({"float16", "float64"})
 
 
 class CheckInput(Pass):
-    """Refuse models that are quantized already, hold NaN, or compute in another type than float32."""
+    """Refuse models that are quantized already, or hold NaN."""
 
     name: ClassVar[str] = "check_input"
     changes: ClassVar[bool] = False
@@ -28,12 +27,9 @@ class CheckInput(Pass):
         for node in graph.nodes:
             if node.op in QUANTIZED:
                 raise ModelError(f"the model is quantized already: node {node.name!r} is {node.op}; "
-                                 "give the float32 model")
+                                 "give the float model")
         for constant in graph.constants():
             _check_constant(constant)
-        for value in (*graph.inputs, *graph.outputs):
-            if value.dtype is not None and np.dtype(value.dtype).name in OTHER_FLOATS:
-                raise ModelError(f"{value.name} is {np.dtype(value.dtype).name}; export the model in float32")
         ops: dict[str, int] = {}
         for node in graph.nodes:
             ops[node.op] = ops.get(node.op, 0) + 1
@@ -49,5 +45,3 @@ def _check_constant(constant: Any) -> None:
         bad = int((~np.isfinite(values)).sum())
         raise ModelError(f"weight {constant.name!r} (read by {reader!r}) holds {bad} values that are NaN or infinite; "
                          "export the model from a good checkpoint")
-    if values.dtype in (np.float16, np.float64) and values.size > 16:
-        raise ModelError(f"weight {constant.name!r} is {values.dtype}; export the model in float32")

@@ -33,7 +33,8 @@ from typing import Any, ClassVar
 
 from vmq.graph import Graph
 from vmq.pipeline import Context, Pass, PassResult
-from vmq.states import WEIGHTED, DataFlow, StatePair, all_operands, pair_states
+from vmq.runtime import pairs_of
+from vmq.states import WEIGHTED, DataFlow, StatePair, all_operands
 
 __all__ = ["LOCAL", "Block", "Closures", "FindClosures", "StateClosure", "find_closures"]
 
@@ -92,7 +93,7 @@ class FindClosures(Pass):
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Leave a `Closures` in `context.found`."""
-        found = find_closures(graph, pair_states(graph, context.options.pairs))
+        found = find_closures(graph, pairs_of(graph, context.options.pairs))
         context.found[self.name] = found
         return PassResult(
             notes=() if found.states else ("no recurrent state found: the model is feed-forward",),

@@ -4,6 +4,7 @@ BatchNormalization after Conv, ConvTranspose or Gemm, with k = gamma / sqrt(vari
 
     W' = k * W        b' = k * (b - mean) + beta
 
+which may be that of some channels alone, cut off by a Split or Slice (the others have k = 1 and keep their bias);
 and division by a constant before a convolution (input normalisation by a standard deviation): W' = W / std.
 A factor a channel needs the shapes of values to be known, as bind_shapes leaves them.
 The subtraction of a mean stays: zero padding stands for the value 0, not for the mean.
@@ -43,20 +44,29 @@ class FoldBatchnorm(Pass):
 def _fold_norm(graph: Graph, norm: Any) -> str:
     """Fold one BatchNormalization; returns why it cannot be, or nothing."""
     value = norm.inputs[0]
-    layer = value.inputs[0] if value.inputs else None
+    if len(value.outputs) != 1 or any(o is value for o in graph.outputs):
+        return f"what it reads, {value.name}, is read elsewhere too; left as it is"
+    whole, first = _cut_from(value)
+    layer = whole.inputs[0] if whole.inputs else None
     if layer is None or layer.op not in ("Conv", "ConvTranspose", "Gemm"):
         return f"it does not follow a convolution but {layer.op if layer else 'an input'}; left as it is"
-    if len(value.outputs) != 1 or any(o is value for o in graph.outputs):
-        return f"the result of {layer.name} is read elsewhere too; left as it is"
+    if whole is not value and not _cut_only(graph, whole, value):
+        return f"other channels of {layer.name} are not cut off its own; left as it is"
     if not all(isinstance(v, Constant) for v in (*layer.inputs[1:], *norm.inputs[1:]) if v.name):
         return "weight or statistics are computed, not constant; left as it is"
     if norm.attrs.get("training_mode", 0):
         return "it normalises by the statistics of the batch (a training export); left as it is"
     gamma, beta, mean, variance = (np.asarray(v.values, np.float64) for v in norm.inputs[1:5])
     factor = gamma / np.sqrt(variance + norm.attrs.get("epsilon", 1e-5))
+    shift = beta - factor * mean
     weight = np.asarray(layer.inputs[1].values, np.float64)
     biased = len(layer.inputs) > 2 and layer.inputs[2].name
     bias = np.asarray(layer.inputs[2].values, np.float64) if biased else np.zeros(1)
+    if whole is not value:                       # the other channels stay as they are
+        channels = (whole.shape or [0, 0])[1]
+        after = channels - first - len(factor)
+        factor = np.pad(factor, (first, after), constant_values=1.0)
+        shift = np.pad(shift, (first, after))
     if layer.op == "Gemm":
         if layer.attrs.get("beta", 1.0) != 1.0 or layer.attrs.get("alpha", 1.0) != 1.0:
             return f"{layer.name} has factors of its own; left as it is"
@@ -69,10 +79,45 @@ def _fold_norm(graph: Graph, norm: Any) -> str:
                   * factor.reshape(groups, 1, -1, *[1] * (weight.ndim - 2))).reshape(weight.shape)
     else:
         scaled = weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
-    _set_weights(graph, layer, scaled, factor * (bias.reshape(-1) - mean) + beta)
+    _set_weights(graph, layer, scaled, factor * bias.reshape(-1) + shift)
     graph.replace_uses(norm.outputs[0], value)
     graph.remove(norm)
     return ""
+
+
+def _cut_from(value: Any) -> tuple[Any, int]:
+    """The value that a Split or Slice of channels cut `value` from, and the first channel; or itself and 0."""
+    node = value.inputs[0] if value.inputs else None
+    source = node.inputs[0] if node is not None and node.inputs else None
+    shape, cut = list(getattr(source, "shape", None) or []), list(value.shape or [])
+    if node is None or len(shape) < 2 or not all(isinstance(d, int) for d in (*shape, *cut)) \
+            or shape[:1] + shape[2:] != cut[:1] + cut[2:]:
+        return value, 0
+    if node.op == "Split":
+        place = next(k for k, v in enumerate(node.outputs) if v is value)
+        before = [(v.shape or [0, 0])[1] for v in node.outputs[:place]]
+        return (source, sum(before)) if all(isinstance(d, int) for d in before) else (value, 0)
+    given = [np.asarray(v.values).tolist() if isinstance(v, Constant) else [] for v in node.inputs[1:]]
+    if node.op == "Slice" and len(given) >= 3 and all(len(g) == 1 for g in given):
+        (start,), (_,), (axis,), (step,) = (*given, [1])[:4]
+        if axis % len(shape) == 1 and step == 1:
+            return source, start % shape[1] if start < 0 else min(start, shape[1])
+    return value, 0
+
+
+def _cut_only(graph: Graph, whole: Any, value: Any) -> bool:
+    """Whether `whole` is only cut into channels, and no other part of it holds channels of `value`."""
+    if any(o is whole for o in graph.outputs):
+        return False
+    _, first = _cut_from(value)
+    last = first + value.shape[1]
+    for node in whole.outputs:
+        for part in node.outputs:
+            source, begin = _cut_from(part)
+            overlaps = begin < last and first < begin + (part.shape or [0, 0])[1]
+            if source is not whole or (part is not value and overlaps):
+                return False
+    return True
 
 
 def _fold_scaling(graph: Graph, node: Any) -> bool:

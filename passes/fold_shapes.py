@@ -28,7 +28,7 @@ class FoldShapes(Pass):
         before = len(graph.nodes)
         probe = graph.copy()          # folding rewrites in place: look first whether there is anything to do
         folded = probe.fold_constants()
-        dropped = _drop_noops(probe)
+        dropped = drop_noops(probe)
         probe.cleanup()
         if not folded and not dropped and len(probe.nodes) == before:
             return PassResult()
@@ -36,7 +36,8 @@ class FoldShapes(Pass):
         return PassResult(modified=before - len(graph.nodes), report={"folded": folded, "no_ops": dropped})
 
 
-def _drop_noops(graph: Graph) -> int:
+def drop_noops(graph: Graph) -> int:
+    """Take out nodes that hand on what they get; returns how many."""
     dropped = 0
     for node in list(graph.nodes):
         if _is_noop(graph, node) and not _between_input_and_output(graph, node):

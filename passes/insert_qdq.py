@@ -8,8 +8,8 @@ For each value that is computed, what its readers want decides:
     anything else                       float
 
 A value wanted at several widths is quantized to that of its maker, or else the widest, and from there to the
-others, so that the integer kernel that makes it has one quantizer to fuse with. A layer followed by Relu is
-quantized after the Relu. For what comes after the last layer 8 bits are too few, and for products and averages
+others, so that the integer kernel that makes it has one quantizer to fuse with. A layer followed by Relu or
+Clip is quantized after that. For what comes after the last layer 8 bits are too few, and for products and averages
 whose difference is taken: a variance as E[xy] - E[x]E[y] does not survive the rounding of its terms. These stay
 float, or take the target's wide integers.
 """
@@ -23,7 +23,7 @@ import numpy as np
 
 from vmq.errors import ModelError, OptionError
 from vmq.graph import Constant, Graph
-from vmq.layers import carries, compute_nodes, kinds_of, tail_nodes, weight_axis, weight_of
+from vmq.layers import carries, clip_limits, compute_nodes, kinds_of, tail_nodes, weight_axis, weight_of
 from vmq.pipeline import Context, Pass, PassResult
 from vmq.spec import CARRIER_BITS, KEEPABLE, Bits, Options, QuantSpec
 from vmq.states import StatePair
@@ -87,7 +87,7 @@ class _Placement:
             if node.op in self.target.compute and node.name not in self.kinds:
                 self.notes.append(f"{node.name}: its weight is computed, not constant; stays float")
         for name in sorted(self.float_nodes & set(self.kinds)):
-            self.notes.append(f"{name}: averages whose difference is taken; stays float")
+            self.notes.append(f"{name}: averages or products whose difference is taken; stays float")
 
     def run(self) -> None:
         for value in list(self.graph.values()):
@@ -169,7 +169,7 @@ class _Placement:
         if not value.inputs:
             return False
         node = value.inputs[0]
-        if node.op in self.target.absorbed:
+        if self._absorbed(node):
             before = node.inputs[0].inputs
             return node.name in self.wide_nodes or (
                 bool(before) and before[0].name in self.bits and len(node.inputs[0].outputs) == 1)
@@ -178,13 +178,19 @@ class _Placement:
     def _carries(self, node: Any) -> bool:
         return node.name not in self.float_nodes and carries(node, self.target)
 
+    def _absorbed(self, node: Any) -> bool:
+        """True for what the quantizer behind it does as well: a Relu, or a Clip to an interval that holds 0."""
+        if node.op != "Clip" or "Clip" not in self.target.absorbed:
+            return node.op in self.target.absorbed
+        limits = clip_limits(node)
+        return limits is not None and limits[0] <= 0.0 <= limits[1]
+
     def _activation(self, value: Any) -> None:
         if not self._is_float(value):
             return
         readers = list(value.outputs)
-        if len(readers) == 1 and readers[0].op in self.target.absorbed and value.inputs \
-                and value.inputs[0].name in self.bits:
-            return                                          # quantized behind the Relu
+        if len(readers) == 1 and self._absorbed(readers[0]) and value.inputs and value.inputs[0].name in self.bits:
+            return                                          # quantized behind the Relu or Clip
         made_in_integers = self._integer_source(value)
         joins = self._joins(value)
         if joins and not made_in_integers and len(joins) < len(readers) and value.name not in self.states:
@@ -310,20 +316,23 @@ def _differences(graph: Graph) -> set[str]:
         if node.op != "Sub" or any(isinstance(v, Constant) or not v.inputs for v in node.inputs):
             continue
         sides = [v.inputs[0] for v in node.inputs]
-        if not all(s.op in SPECTRAL or _averages(s) for s in sides):
+        if not all(_spectral(s) for s in sides):
             continue
         stack = [node]
         while stack:
             current = stack.pop()
-            if current.name not in found and (current.op in SPECTRAL or _averages(current)):
+            if current.name not in found and _spectral(current):
                 found.add(current.name)
                 stack += [p for v in current.inputs for p in v.inputs]
     return found
 
 
-def _averages(node: Any) -> bool:
-    """True for a convolution that only averages: all its weights are one number."""
-    return node.op == "Conv" and isinstance(node.inputs[1], Constant) \
+def _spectral(node: Any) -> bool:
+    """True for operators of `SPECTRAL`, products of two activations, and convolutions that only average."""
+    if node.op == "MatMul":
+        return not any(isinstance(v, Constant) for v in node.inputs)
+    averages = node.op == "Conv" and isinstance(node.inputs[1], Constant) \
         and np.ptp(np.asarray(node.inputs[1].values)) == 0.0
+    return averages or node.op in SPECTRAL
 
 

@@ -8,7 +8,8 @@ Weights leave their float form (W -> Q -> DQ) for a container:
 
 A 4-bit activation becomes a uint8 tensor on the 4-bit grid: Q to uint8, Clip(0, 15), DQ. The kernels that take
 uint8 stay fused, and the values are exactly the 4-bit ones. Where the target knows no Clip of integers, the float
-value is clipped between two Q/DQ pairs, to the ends of the 4-bit grid: the same values.
+value is clipped between two Q/DQ pairs, to the ends of the 4-bit grid: the same values. A
+Clip in front of a quantizer becomes the saturation of its integers.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 
 from vmq import __version__
 from vmq.graph import Constant, Graph
+from vmq.layers import clip_limits
 from vmq.pipeline import Context, Pass, PassResult
 from vmq.quant import quantize
 from vmq.runtime import STATES_KEY
@@ -51,12 +53,45 @@ class Lower(Pass):
             elif spec.bits == 4:
                 _saturate(graph, node, context.options.target.saturates, levels)
                 activations += 1
+        clips = _clip_integers(graph) if "Clip" in context.options.target.absorbed else 0
         graph.cleanup()
         graph.sort()
         narrow = any(c.dtype == np.dtype(ml_dtypes.int4) for c in graph.constants())
         graph.metadata.update(_metadata(context, container if narrow else "int8"))
-        return PassResult(modified=weights + activations, report={
-            "weights": weights, "saturated_activations": activations, "container": container if narrow else "int8"})
+        return PassResult(modified=weights + activations + clips, report={
+            "weights": weights, "saturated_activations": activations, "clips": clips,
+            "container": container if narrow else "int8"})
+
+
+def _clip_integers(graph: Graph) -> int:
+    """Clip what a quantizer gives instead of what it reads: where saturation does the same, nothing is left to do.
+
+        Q(clip(x, a, b)) = clip(Q(x), Q(a), Q(b))        as Q never falls
+
+    Returns how many. The kernel in front of the Clip has the quantizer to fuse with.
+    """
+    moved = 0
+    for node in [n for n in graph.nodes if n.op == "QuantizeLinear" and not isinstance(n.inputs[0], Constant)]:
+        if len(node.inputs[0].inputs) != 1 or len(node.inputs[0].outputs) != 1:
+            continue
+        clip = node.inputs[0].inputs[0]
+        ends = clip_limits(clip)
+        if ends is None or any(o is node.inputs[0] for o in graph.outputs):
+            continue
+        result, readers = node.outputs[0], list(node.outputs[0].outputs)
+        spec = QuantSpec.of(node.inputs[2].dtype)
+        low, high = quantize(np.asarray(ends, np.float32), np.asarray(node.inputs[1].values),
+                             np.asarray(node.inputs[2].values).astype(np.int32), spec)
+        node.inputs[0] = clip.inputs[0]
+        moved += 1
+        after = clip_limits(readers[0]) if len(readers) == 1 else None        # that of a 4-bit grid
+        least, most = after or (spec.qmin, spec.qmax)
+        if low > least or high < most:
+            limits = [graph.constant("limit", np.asarray(n).astype(spec.dtype)) for n in (low, high)]
+            clipped = graph.add("Clip", [result, *limits], f"{result.name}_clip", {}, result.shape, spec.dtype)
+            for reader in readers:
+                reader.inputs[0] = clipped
+    return moved
 
 
 def _store(graph: Graph, node: Any, spec: QuantSpec, container: str) -> None:

@@ -200,7 +200,7 @@ class TestBadInput:
 
     def test_quantized_already(self, footage: Path):
         once = vmq.compile(network(), calib=[footage]).graph
-        with pytest.raises(ModelError, match=r"quantized already: node .* is .*Linear; give the float32 model"):
+        with pytest.raises(ModelError, match=r"quantized already: node .* is .*Linear; give the float model"):
             vmq.compile(once, calib=[footage])
 
     def test_two_candidates_for_a_state(self, footage: Path):

@@ -106,6 +106,45 @@ def test_two_norms_in_a_row_and_statistics_shared() -> None:
     check_fold(graph, batchnorms=2)
 
 
+SLICES = "int64[1] zero = {{0}}, int64[1] split = {{{0}}}, int64[1] end = {{9223372036854775807}}, " \
+    "int64[1] axis = {{1}}"
+
+
+@pytest.mark.parametrize("layer", [
+    "Conv <group = 2> (x, w_w, w_b)", "ConvTranspose (x, w_t, w_b)"])
+@pytest.mark.parametrize("cut", [
+    "l, r = Split <axis = 1> (c, parts)",
+    "l = Slice (c, zero, split, axis) r = Slice (c, split, end, axis)",
+    "r = Slice (c, split, end, axis, one) l = Slice (c, zero, split, axis, one)"])
+@pytest.mark.parametrize("first", [True, False])
+def test_norm_of_some_channels(layer: str, cut: str, first: bool) -> None:
+    """As IBNorm does it: half of a convolution's channels have a BatchNormalization, the others something else."""
+    normed, other = ("l", "r") if first else ("r", "l")
+    graph = with_norm(f"""(float[1,4,5,5] x, float[6,2,1,1] w_w, float[4,6,1,1] w_t, float[6] w_b, {{stats}})
+            => (float[1,6,5,5] y) <int64[2] parts = {{{"4, 2" if first else "2, 4"}}}, int64[1] one = {{1}},
+                {SLICES.format(4 if first else 2)}> {{
+        c = {layer}
+        {cut}
+        n = BatchNormalization ({normed}, w_gamma, w_beta, w_mean, w_var)
+        m = Tanh ({other})
+        y = Concat <axis = 1> ({"n, m" if first else "m, n"})
+    }}""")
+    check_fold(graph, batchnorms=1)
+    assert "BatchNormalization" not in ops(graph)
+
+
+@pytest.mark.parametrize("other", ["Slice (c, zero, three, axis)", "Relu (c)", "Slice (c, zero, three, height)"])
+def test_norm_of_channels_that_are_read_elsewhere_too(other: str) -> None:
+    graph = with_norm(f"""(float[1,4,5,5] x, float[6,4,1,1] w_w, {{stats}}) => (float[1,4,5,5] y, float[a,b,c,d] z)
+            <int64[1] three = {{3}}, int64[1] height = {{2}}, {SLICES.format(2)}> {{
+        c = Conv (x, w_w)
+        r = Slice (c, split, end, axis)
+        y = BatchNormalization (r, w_gamma, w_beta, w_mean, w_var)
+        z = {other}
+    }}""")
+    check_left(graph, "not cut off its own")
+
+
 NON_MATCHES = {
     "does not follow a convolution but an input":
         f"(float[1,4,5,5] c, {{stats}}) => (float[1,4,5,5] y) {{ y = {NORM} }}",

@@ -219,3 +219,31 @@ def test_a_layer_whose_result_is_not_quantized_counts_as_last():
     widths = {n.outputs[0].name: n.inputs[1].inputs[0].inputs[2].dtype.name for n in graph.nodes
               if n.op == "Conv" and n.inputs[1].inputs}
     assert widths == {"a": "int8", "y": "int8", "c": "int4", "e": "int4", "pha": "int8"}
+
+
+def test_a_distance_stays_float():
+    """|a - b|^2 as aa - 2ab + bb, as a memory's similarity is computed: its products are large, it is small."""
+    graph = read("""(float[1,3,8,8] src, float[4,3,3,3] w0, float[4,3,3,3] w1, float[1,4,1,1] w2)
+                    => (float[1,1,8,8] pha) <float two = {2.0}, int64[3] flat = {1, 4, 64},
+                    int64[4] form = {1, 4, 8, 8}> {
+        x = Conv <pads = [1,1,1,1]> (src, w0)
+        y = Conv <pads = [1,1,1,1]> (src, w1)
+        a = Reshape (x, flat)
+        b = Reshape (y, flat)
+        turned = Transpose <perm = [0, 2, 1]> (a)
+        squares = Mul (turned, turned)
+        s = Sigmoid (b)
+        aa = MatMul (squares, s)
+        ab = MatMul (turned, b)
+        twice = Mul (ab, two)
+        d = Sub (aa, twice)
+        soft = Softmax <axis = 1> (d)
+        read = MatMul (a, soft)
+        z = Reshape (read, form)
+        pha = Conv (z, w2)
+    }""")
+    run_to("insert_qdq", graph)
+    read_by = {n.outputs[0].name: [v.inputs[0].op for v in n.inputs] for n in graph.nodes if n.op == "MatMul"}
+    assert read_by["read"] == ["DequantizeLinear", "DequantizeLinear"]      # softmax has a grid of its own
+    for name in ("aa", "ab", "twice", "squares"):
+        assert "QuantizeLinear" not in [n.op for n in graph.value(name).outputs]

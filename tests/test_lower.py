@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
-from compiling import clips, network, optimized_ops, run_to
+from compiling import clips, network, optimized_ops, rerun, run_to
 from tiny_recurrent import read
 
 from vmq.errors import ModelError
@@ -66,6 +67,39 @@ def test_4_bits_in_the_cast_container_run_in_integers_and_the_textbook_form_does
         counts[container] = optimized_ops(graph, tmp_path / f"{container}.onnx").get("QLinearConv", 0)
     assert counts["int4cast"] == 8
     assert counts["int4"] < 8
+
+
+def clipped_network(low: float, high: float) -> Graph:
+    return read(f"""(float[1,3,32,48] src, float[8,3,3,3] w0, float[8,8,3,3] w1, float[1,8,3,3] w2)
+                   => (float[1,1,32,48] pha) <float low = {{{low}}}, float high = {{{high}}}> {{
+        a = Conv <pads = [1,1,1,1]> (src, w0)
+        b = Clip (a, low, high)
+        c = Conv <pads = [1,1,1,1]> (b, w1)
+        d = Clip (c, low, high)
+        e = Conv <pads = [1,1,1,1]> (d, w2)
+        pha = Sigmoid (e)
+    }}""")
+
+
+@pytest.mark.parametrize("bits", ["8", "w4a8", "4"])
+@pytest.mark.parametrize(("low", "high"), [(0.0, 0.5), (0.0, 1e6), (-0.25, 0.5), (0.25, 0.5)])
+def test_a_clip_becomes_saturation(bits: str, low: float, high: float, tmp_path: Path):
+    """The same bits, and integer convolutions: also with a grid that is wider than the Clip, as learning makes it."""
+    for wider in (1.0, 1.5):
+        graph = clipped_network(low, high)
+        context = run_to("correct_biases", graph, bits)
+        for name in ("b", "d"):
+            quantizer, = graph.value(name).outputs
+            assert quantizer.op == "QuantizeLinear"
+            quantizer.inputs[1].values = np.asarray(quantizer.inputs[1].values * np.float32(wider))
+        rerun("quantize_biases", graph, context)
+        before = graph.copy()
+        rerun("lower", graph, context)
+        assert not any(n.op == "Clip" and n.outputs[0].dtype == np.float32 for n in graph.nodes)
+        one, two = Session(before, optimize=False), Session(graph, optimize=False)
+        for frame in clips(1, 2)[0].frames():
+            np.testing.assert_array_equal(one.step(frame)["pha"], two.step(frame)["pha"])
+        assert optimized_ops(graph, tmp_path / "optimized.onnx")["QLinearConv"] == 2
 
 
 def test_metadata_say_what_was_done():

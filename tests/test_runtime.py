@@ -127,6 +127,28 @@ def test_half_precision() -> None:
     np.testing.assert_allclose(found, tiny.alphas(clip), atol=2e-3)
 
 
+def test_states_of_free_size_that_the_first_frame_must_fit() -> None:
+    """A state joined with features has to have their size from the first frame on; one that is expanded has not."""
+    model = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["": 21]> net (
+            float[1, 3, height, width] src, float[1, 2, h, w] r
+        ) => (
+            float[1, 1, height, width] pha, float[1, 2, h, w] s
+        ) <int64[2] parts = {2, 3}, int64[1] channels = {1}, float[4] scales = {1.0, 1.0, 2.0, 2.0}> {
+            half = AveragePool <kernel_shape = [2, 2], strides = [2, 2]> (src)
+            joined = Concat <axis = 1> (half, r)
+            kept, other = Split <axis = 1> (joined, parts)
+            s = Add (kept, r)
+            mean = ReduceMean (other, channels)
+            pha = Resize <mode = "nearest"> (mean, , scales)
+        }""")
+    runner = session(model)
+    for size in ((16, 24), (32, 16)):
+        outputs = runner.step(tiny.frames(1, size)[0])
+        assert runner.state["r"].shape == (1, 2, size[0] // 2, size[1] // 2)
+        assert outputs["pha"].shape == (1, 1, *size)
+        runner.reset()
+
+
 def test_extra_outputs_are_handed_out_and_taken_for_nothing_else() -> None:
     runner = session(tiny.model(), extra=["mean", "pha"])
     outputs = runner.step(tiny.frames(1)[0])

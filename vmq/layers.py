@@ -29,6 +29,19 @@ def weight_axis(node: Any) -> int:
     return int(np.asarray(node.inputs[1].values).ndim) - 1
 
 
+def clip_limits(node: Any) -> tuple[float, float] | None:
+    """The ends of a Clip, infinite where it has none; None when they are computed, or it is no Clip."""
+    ends = [-np.inf, np.inf]
+    if node.op != "Clip":
+        return None
+    for index, value in enumerate(node.inputs[1:3]):
+        if value.name and not isinstance(value, Constant):
+            return None
+        if value.name:
+            ends[index] = float(np.asarray(value.values))
+    return ends[0], ends[1]
+
+
 def kinds_of(graph: Graph, target: Target, state_outputs: Collection[str], recurrent: Collection[str],
              ) -> dict[str, set[str]]:
     """The kinds of each multiply-add node, by node name.

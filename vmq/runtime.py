@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -70,7 +71,7 @@ class Session:
                  pairs: Mapping[str, str] | None = None, device: str = "cpu") -> None:
         self.label = "model" if isinstance(model, (bytes, Graph)) else str(model)
         graph = model if isinstance(model, Graph) else Graph.load(model)
-        self.state_pairs = _pairs_of(graph, pairs)
+        self.state_pairs = pairs_of(graph, pairs)
         self._session = create_session(graph, threads=threads, optimize=optimize, extra=extra, label=self.label,
                                        device=device)
         self._states = {p.input: p.output for p in self.state_pairs}
@@ -79,6 +80,8 @@ class Session:
         self._shapes = {i.name: [d if isinstance(d, int) else None for d in i.shape]
                         for i in self._session.get_inputs()}
         self.frame_input = self._find_frame()
+        loose = any(d is None for name in self._states for d in self._shapes[name])
+        self._loose = graph.copy() if loose else None
         self._constants = self._find_constants(downsample_ratio)
         self.downsample_ratio = downsample_ratio
         self.output_names = [o.name for o in self._session.get_outputs()]
@@ -120,6 +123,7 @@ class Session:
         self.state: dict[str, Array] = self.encode({
             name: np.zeros([1 if d is None else d for d in self._shapes[name]], self._types[name] or np.float32)
             for name in self._states})
+        self._first = self.state
 
     def encode(self, state: Mapping[str, Array]) -> dict[str, Array]:
         """States of another model of the same network as this one takes them: quantized, if here and not there."""
@@ -153,8 +157,14 @@ class Session:
         try:
             results = self._session.run(None, feeds)
         except Exception as error:  # onnxruntime raises bare classes of its own
-            raise ModelError(f"{self.label} does not run at {frame.shape[3]}x{frame.shape[2]}: "
-                             f"{' '.join(str(error).split())[:300]}") from error
+            sized = self._sized_states(frame.shape) if self.state is self._first else None
+            try:
+                if sized is None:
+                    raise
+                results = self._session.run(None, feeds | sized)
+            except Exception:
+                raise ModelError(f"{self.label} does not run at {frame.shape[3]}x{frame.shape[2]}: "
+                                 f"{' '.join(str(error).split())[:300]}") from error
         outputs = dict(zip(self.output_names, results, strict=True))
         self.state = {name: outputs[source] for name, source in self._states.items()}
         if not self._pictures:
@@ -195,6 +205,25 @@ class Session:
         for frame in frames:
             yield self.alpha_of(self.step(frame))
 
+    def _sized_states(self, frame: Sequence[int]) -> dict[str, Array] | None:
+        """Zeros of the shapes that states have with frames [1,3,H,W], as far as the graph tells; None if it does not.
+
+        For models that take states of any size, but of the right one from the first frame on.
+        """
+        if self._loose is None:
+            return None
+        graph = self._loose.copy()
+        next(v for v in graph.inputs if v.name == self.frame_input).shape = list(frame)
+        try:
+            graph.infer_shapes()
+        except ModelError:
+            return None
+        shapes = {v.name: list(v.shape or ()) for v in graph.outputs}
+        sizes = {name: shapes[source] for name, source in self._states.items()}
+        if not all(isinstance(d, int) for shape in sizes.values() for d in shape):
+            return None
+        return {name: np.zeros(shape, self._types[name] or np.float32) for name, shape in sizes.items()}
+
     def _find_frame(self) -> str:
         frames = [n for n, shape in self._shapes.items()
                   if n not in self._states and len(shape) == 4 and shape[0] in (1, None) and shape[1] in (3, None)
@@ -217,7 +246,17 @@ class Session:
         return constants
 
 
-def _pairs_of(graph: Graph, pairs: Mapping[str, str] | None) -> tuple[StatePair, ...]:
+def pairs_of(graph: Graph, pairs: Mapping[str, str] | None) -> tuple[StatePair, ...]:
+    """The states of a model: those that its metadata name, or else those that `pair_states` finds.
+
+    Args:
+        graph: the model.
+        pairs: pairs by hand; then the metadata do not count.
+
+    Raises:
+        ModelError: the metadata are damaged, or the states cannot be told.
+        OptionError: as `pair_states`.
+    """
     if GRIDS_KEY in graph.metadata or (not pairs and STATES_KEY in graph.metadata):
         try:
             found = tuple(StatePair(str(i), str(o)) for i, o in dict(json.loads(graph.metadata[STATES_KEY])).items())
@@ -270,9 +309,12 @@ def create_session(graph: Graph, *, threads: int = 0, optimize: bool = True, ext
     proto = graph.to_proto()
     present = {o.name for o in proto.graph.output}
     proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in dict.fromkeys(extra) if n not in present)
+    four_bit = any(c.dtype == np.dtype(ml_dtypes.uint4) for c in graph.constants())
+    disabled = ["ClipQuantRewrite"] if four_bit else []       # it throws where it meets a 4-bit zero point
     providers = {"CUDAExecutionProvider"} & set(ort.get_available_providers()) if device == "cuda" else ()
     try:
-        return ort.InferenceSession(proto.SerializeToString(), options, providers=[*providers, "CPUExecutionProvider"])
+        return ort.InferenceSession(proto.SerializeToString(), options, providers=[*providers, "CPUExecutionProvider"],
+                                    disabled_optimizers=disabled)
     except Exception as error:  # onnxruntime raises bare classes of its own
         raise ModelError(f"{label} cannot be loaded by ONNX Runtime {ort.__version__}: "
                          f"{' '.join(str(error).split())[:300]}") from error

@@ -68,7 +68,7 @@ _CPU = Target(
     pools=frozenset({"AveragePool"}),
     forms=frozenset({"HardSigmoid", "HardSwish", "Tanh", "Sub", "Resize"}),
     movers=frozenset({"Split", "Slice", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "MaxPool"}),
-    absorbed=frozenset({"Relu"}),
+    absorbed=frozenset({"Clip", "Relu"}),
     integer_layout=True,
     containers=("int4cast", "int8", "int4"),
 )
