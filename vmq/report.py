@@ -366,7 +366,8 @@ def _findings(seen: Inspection, dumps: Sequence[tuple[str, Path]]) -> list[Findi
 
 def _misfits(seen: Inspection, dumps: Sequence[tuple[str, Path]], titles: dict[str, str]) -> list[Finding]:
     found = []
-    unfit = sorted((t for t in seen.tensors if t.misfit_db is not None and t.misfit_db >= MISFIT_DB and t.sqnr_db < 60),
+    unfit = sorted((t for t in seen.tensors if t.kind == "activation" and t.misfit_db is not None
+                    and t.misfit_db >= MISFIT_DB and t.sqnr_db < 60),      # weights' scales are learned to clip
                    key=lambda t: (-(t.misfit_db or 0.0), t.name))
     for t in unfit[:3]:
         says = (f"The grid of {t.kind} {t.name} in {titles.get(t.closure, t.closure)} does not fit: its {t.levels} "
