@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from compiling import clips
+from compiling import clips, optimized_ops
 from tiny_matting import save_pictures
 
 import vmq
@@ -96,13 +97,19 @@ def test_export(small: modnet.MODNet, tmp_path: Path, options: dict[str, object]
     assert norms == {True: 68, False: 16}["keep_bn" in options]      # the halves of IBNorm cannot be folded by torch
 
 
-def test_compiles(small: modnet.MODNet, tmp_path: Path) -> None:
-    """BatchNormalization of half a convolution's channels is folded."""
+def test_compiles_into_integers(small: modnet.MODNet, tmp_path: Path) -> None:
+    """BatchNormalization of half a convolution's channels is folded, and Relu6 is the saturation of its quantizer."""
     path = tmp_path / "modnet.onnx"
     modnet.export(small, path, size=(64, 96))
     save_pictures(tmp_path / "footage", clips(1, 2, (64, 96))[0].frames())
-    result = vmq.compile(path, recipe="mse", effort="fast", bits="8", calib=tmp_path / "footage")
-    assert result.results["fold_batchnorm"].report["batchnorms"] == 16
+    for bits in ("8", "4"):
+        result = vmq.compile(path, recipe="mse", effort="fast", bits=bits, calib=tmp_path / "footage")
+        assert result.results["fold_batchnorm"].report["batchnorms"] == 16
+        assert "recurrent states: none found" in "\n".join(result.lines())
+        done = optimized_ops(result.graph, tmp_path / f"{bits}.onnx")
+        assert done["QLinearConv"] == 68
+        assert done.get("Conv", 0) + done.get("FusedConv", 0) == 1
+        assert [n.op for n in result.graph.nodes if n.op == "Clip" and n.outputs[0].dtype == np.float32] == []
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,3 +118,16 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert modnet.main(["--weights", str(tmp_path / "no.pth"), "-o", str(tmp_path / "modnet.onnx")]) == 2
     assert "no such weights file" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_training_tool_makes_weights_to_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = runpy.run_path(str(Path(__file__).resolve().parents[1] / "tools" / "train_modnet.py"))["main"]
+    made = []
+    for name in ("one.pth", "two.pth"):
+        assert train(["--steps", "2", "--batch", "1", "--size", "64x32", "--detail", "8", "--width", "0.25",
+                      "-o", str(tmp_path / name)]) == 0
+        made.append(modnet.load_state(tmp_path / name))
+    assert "step 2 of 2: MAD x 1e3" in capsys.readouterr().out
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+    assert not torch.equal(made[0]["f_branch.conv_f.1.layers.0.bias"], torch.zeros(1))
+    modnet.build(made[0])
