@@ -6,7 +6,7 @@ bits (32 for float32) each:
     BOPs     sum n * w * a                            (van Baalen et al., Bayesian Bits, NeurIPS 2020)
     GFLOPs   sum n / mean(32 / w, 32 / a) / 1e9       (as PTQ4VM counts)
 
-Channels of zeros that were added for the kernels' sake count like others: the processor multiplies them.
+Channels and columns of zeros that were added for the kernels' sake count like others: the processor multiplies them.
 """
 
 from __future__ import annotations
