@@ -10,7 +10,7 @@ at run time, and turns into integer kernels what would else run in float between
                                           with scale 1/256, is read with scale 1/128 and zero point 128
     c - x          = c + (-x)             Mul by -1, exact in integers; c moves the zero point it is read with
     a - b          = a + (-b)
-    resize by 2    one axis after the other, rounded between (passes/lower.py writes each as two integer Adds)
+    resize by 2    one axis after the other, rounded between (passes/double_sizes.py writes each as two Adds)
 
 These stand in the graph before anything is learned: what is learned is learned for what will run.
 """
@@ -128,6 +128,7 @@ def _resize(graph: Graph, node: Any) -> bool:
     def factors(*values: float) -> list[Any]:
         return [Constant("", np.zeros(0, np.float32)), graph.constant("factors", np.asarray(values, np.float32))]
 
+    node.attrs.pop("coordinate_transformation_mode", None)      # half_pixel: where sides are doubled, they are the same
     columns = graph.add("Resize", [x, *factors(1.0, 1.0, 1.0, 2.0)], f"{y.name}_columns", node.attrs, wide)
     between = _dequantize(graph, _quantize(graph, columns, _scale(read), _zero(read)), _scale(read), _zero(read))
     node.inputs = [between, *factors(1.0, 1.0, 2.0, 1.0)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import subprocess
 from pathlib import Path
@@ -24,11 +25,13 @@ def package(name: str) -> Path:
     """The folder in which Node.js finds a package; installs it the first time, skips where npm cannot."""
     node()
     folder = ROOT / "out" / "npm"
-    if not (folder / "node_modules" / name / "package.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run(["npm", "install", "--silent", "--ignore-scripts", "--no-save", "--prefix", folder,
-                               f"{name}@{VERSIONS[name]}"],
-                              capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"npm cannot install {name}: {(done.stderr or done.stdout).strip()[-200:]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)                 # tests in several processes install one after the other
+        if not (folder / "node_modules" / name / "package.json").exists():
+            done = subprocess.run(["npm", "install", "--silent", "--ignore-scripts", "--no-save", "--prefix", folder,
+                                   f"{name}@{VERSIONS[name]}"],
+                                  capture_output=True, text=True, check=False)
+            if done.returncode:
+                pytest.skip(f"npm cannot install {name}: {(done.stderr or done.stdout).strip()[-200:]}")
     return folder
