@@ -26,7 +26,7 @@ from vmq.lanes import check_device
 from vmq.lock import locked
 from vmq.pipeline import Context, Observer, PassResult, run_passes
 from vmq.runtime import Session
-from vmq.spec import EFFORTS, Bits, Options, Recipe
+from vmq.spec import EFFORTS, Bits, Effort, Options, Recipe
 from vmq.synthetic import synthetic_clips
 from vmq.targets import TARGETS
 
@@ -106,7 +106,7 @@ class Result:
 def compile(  # noqa: A001  (the name of what it does: vmq.compile)
     model: str | os.PathLike[str] | bytes | onnx.ModelProto | Graph, *, bits: str | int = 8, recipe: str = "vmq",
     calib: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (), size: tuple[int, int] | str | None = None,
-    downsample_ratio: float | None = None, effort: str = "standard", target: str = "cpu", container: str = "",
+    downsample_ratio: float | None = None, effort: str | Effort = "standard", target: str = "cpu", container: str = "",
     keep: Mapping[str, int] | None = None, pairs: Mapping[str, str] | None = None, seed: int = 0,
     output: str | os.PathLike[str] | None = None, dump: str | os.PathLike[str] | None = None,
     resume: bool = False, device: str = "cpu", state: str = "float32", command: str = "",
@@ -123,7 +123,7 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
             synthetic clips.
         size: (width, height) in pixels or "WxH", for models with free dimensions.
         downsample_ratio: for models that take one, in (0, 1].
-        effort: how much work may be done: fast, standard or thorough.
+        effort: how much work may be done: fast, standard, thorough, or an Effort (vmq/spec.py) of one's own.
         target: where the model is to run.
         container: how 4-bit weights are stored; default: the target's best way.
         keep: bits of layers that stay wider, by kind (first, last, depthwise, pooled, recurrent) or node name.
@@ -141,7 +141,8 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
     Raises:
         VmqError: bad input, by kind; a file named `output` is as it was before.
     """
-    options = Options(bits=Bits.parse(bits), recipe=Recipe.load(recipe), effort=_named(EFFORTS, "--effort", effort),
+    effort = effort if isinstance(effort, Effort) else _named(EFFORTS, "--effort", effort)
+    options = Options(bits=Bits.parse(bits), recipe=Recipe.load(recipe), effort=effort,
                       target=_named(TARGETS, "--target", target), container=container, size=parse_size(size),
                       downsample_ratio=downsample_ratio, keep=dict(keep or {}), pairs=dict(pairs or {}), seed=seed,
                       device=device, state=state)

@@ -1,0 +1,47 @@
+"""tools/growth: one table for each thing that grows, with what each compile took."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from compiling import SIZE, network
+
+from tools import growth
+from vmq.clips import open_clips
+from vmq.errors import ModelError
+
+
+def test_prints_what_grows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model = tmp_path / "tiny.onnx"
+    network().save(model)
+    code = growth.main([str(model), "--frames", "8", "16", "--sizes", "1", "--steps", "2", "--profile"])
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in printed.out.splitlines() if line[:1] == "|"]
+    first = [row for row in rows if row[0] in ("8", "16") and len(row) == 4]
+    assert [row[0] for row in first] == ["8", "16"]
+    assert all(float(row[1]) > float(row[2]) > 0.0 and float(row[3]) > 50 for row in first)
+    assert [row for row in rows if row[0] == f"{SIZE[1]}x{SIZE[0]}"]
+    shares = {row[0]: float(row[1].rstrip("%")) for row in rows if row[-1].endswith("%")}
+    assert shares["reconstruct_blocks"] > 0.0 and shares["convolution, backward"] > 0.0
+    assert 99.0 < sum(shares[kind] for kind, _ in growth.KINDS) + shares["other"] < 101.0
+
+
+def test_footage_has_the_frames_asked_for(tmp_path: Path):
+    [clip] = open_clips([Path(growth.write_footage(tmp_path / "v.mp4", (64, 96), 70))])
+    assert (len(clip), clip.size) == (70, (64, 96))
+
+
+def test_a_failed_compile_is_one_line(tmp_path: Path):
+    model = tmp_path / "tiny.onnx"
+    network().save(model)
+    bad = subprocess.run([sys.executable, growth.__file__, str(model), "--frames", "8", "--sizes", "0.37"],
+                         capture_output=True, text=True, check=False)
+    assert bad.returncode == 2
+    assert len(bad.stderr.splitlines()) == 1 and "Traceback" not in bad.stderr.splitlines()[0][:30]
+    with pytest.raises(ModelError):
+        growth.measure(str(model), json.loads(json.dumps(dict(scale=0.37))))
