@@ -25,6 +25,7 @@ from passes.pack_columns import PackColumns
 from passes.quantize_biases import QuantizeBiases
 from passes.raise_opset import RaiseOpset
 from passes.reconstruct_blocks import ReconstructBlocks
+from passes.slim_down import SlimDown
 from passes.verify import Verify
 from vmq.pipeline import Pass
 
@@ -54,6 +55,7 @@ PIPELINE: tuple[Pass, ...] = (
     DoubleSizes(),
     PackColumns(),
     ExposeStates(),
+    SlimDown(),
     Verify(),
 )
 """What `vmq compile` runs, in this order."""

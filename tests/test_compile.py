@@ -65,7 +65,7 @@ def test_every_dump_is_valid_and_runs(footage: Path, tmp_path: Path):
     models = sorted(dump.glob("*.onnx"))
     changed = [m.stem[3:] for m in models]
     assert changed == ["input", "align_channels", "insert_qdq", "calibrate_ranges", "integer_forms", "correct_biases",
-                       "quantize_biases", "lower", "move_integers"]
+                       "quantize_biases", "lower", "move_integers", "slim_down"]
     for path in models:
         onnx.checker.check_model(str(path), full_check=True)
         outputs = Session(path, optimize=False).step(next(clips()[0].frames()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +26,8 @@ def test_prints_what_grows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert all(float(row[1]) > float(row[2]) > 0.0 and float(row[3]) > 50 for row in first)
     assert [row for row in rows if row[0] == f"{SIZE[1]}x{SIZE[0]}"]
     shares = {row[0]: float(row[1].rstrip("%")) for row in rows if row[-1].endswith("%")}
-    assert shares["reconstruct_blocks"] > 0.0 and shares["convolution, backward"] > 0.0
+    assert shares["reconstruct_blocks"] > 0.0
+    assert shares["convolution, backward"] > 0.0
     assert 99.0 < sum(shares[kind] for kind, _ in growth.KINDS) + shares["other"] < 101.0
 
 
@@ -42,6 +42,7 @@ def test_a_failed_compile_is_one_line(tmp_path: Path):
     bad = subprocess.run([sys.executable, growth.__file__, str(model), "--frames", "8", "--sizes", "0.37"],
                          capture_output=True, text=True, check=False)
     assert bad.returncode == 2
-    assert len(bad.stderr.splitlines()) == 1 and "Traceback" not in bad.stderr.splitlines()[0][:30]
+    assert len(bad.stderr.splitlines()) == 1
+    assert "Traceback" not in bad.stderr.splitlines()[0][:30]
     with pytest.raises(ModelError):
-        growth.measure(str(model), json.loads(json.dumps(dict(scale=0.37))))
+        growth.measure(str(model), {"scale": 0.37})

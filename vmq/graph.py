@@ -12,7 +12,7 @@ import heapq
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +242,14 @@ class Graph:
             name = f"{hint}_{count}"
         self._names.add(name)
         return name
+
+    def rename(self, names: Mapping[str, str]) -> int:
+        """Give values other names, all at once, so that two may change places; returns how many change."""
+        values = [v for v in self.values() if names.get(v.name, v.name) != v.name]
+        for value in values:
+            value.name = names[value.name]
+        self._names = None
+        return len(values)
 
     def sort(self) -> None:
         """Restore topological order, keeping the present order wherever it is free to.
