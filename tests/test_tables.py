@@ -308,7 +308,7 @@ def test_another_size_is_compiled_and_scored_from_the_free_network(
         assert " ".join(command[3:7]) == f"--reference {free} --downsample-ratio 0.5"
         assert [clip.size for clip in open_clips([command[2]])] == [(32, 64)]
     assert line(shown, "FP32 on eval at 64x32")[column(shown, "MAD")] == "2.00"
-    assert line(shown, "MSE on stills with motion at 64x32")[column(shown, "frames")] == "16"    # as it is pretended
+    assert line(shown, "MSE on stills with motion at 64x32")[column(shown, "frames")] == "16 of 32"    # as pretended
 
 
 @pytest.mark.usefixtures("tables")

@@ -63,7 +63,7 @@ class Given:
         for path in self.paths:
             files = sorted(f for f in (path.rglob("*") if path.is_dir() else [path]) if f.is_file())
             if not files:
-                raise MediaError(f"there is no footage at {path}; name some with --calib, --unlabelled or --eval")
+                raise MediaError(f"there is no footage at {path}; name some, --help says with what")
             lines += [f"{f.relative_to(path.parent)} {f.stat().st_size}" for f in files]
         return digest("\n".join(lines).encode())
 

@@ -69,7 +69,7 @@ def _line(bench: Bench, table: Table, row: Row, shown: str, effort: str, jobs: S
     old = " (old)" if any(r.get("old") for r in (*made, *scores)) else ""
     cells = [shown + old, effort, f"{len(scores)}" if row.recipe and scores else "-"]
     if table.frames:
-        cells.append(f"{made[0]['compile']['frames'][0]}" if made else "-")
+        cells.append("{} of {}".format(*made[0]["compile"]["frames"]) if made else "-")
     if table.size:
         adds = bench.multiply_adds(compute=False)
         bits = Bits.parse(row.bits) if row.recipe else None

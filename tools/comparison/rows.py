@@ -75,7 +75,7 @@ class Table:
         note: what its reader should know.
         size: adds multiply-adds and megabytes.
         ratio: adds how many times the float network's error it is.
-        frames: adds how many frames were calibrated on.
+        frames: adds how many frames ranges were found on, and how many there were.
     """
 
     name: str
@@ -121,8 +121,8 @@ network sees a quarter of width and height, and its refiner brings the result to
         Row("vmq + GAC + OFA, FP32's alpha", "vmq+gac+ofa-float"),
         Row("ptq4vm, true alpha", "ptq4vm"), Row("ptq4vm, FP32's alpha", "ptq4vm-float")), ratio=True, frames=True,
         note="""\
-vmq by itself never looks at true alpha. Frames: how many of the footage's were calibrated on; fast takes at most 64,
-standard 256."""),
+vmq by itself never looks at true alpha. Frames: those that ranges were found on, of those there are; blocks are
+learned on crops of all of them."""),
 )
 
 
