@@ -10,6 +10,9 @@ enter the block and those inside, are left unrounded at random (Wei et al. 2022,
 state is unrolled over the frames of a sequence, from the float network's warm state on, and its new state counts in
 the loss like everything else that leaves it (PTQ4VM, arXiv:2506.10840).
 
+With `gptq` a block's weights are first rounded layer by layer, each towards what the float layer gives on the float
+network's input (vmq/gptq.py): gradient steps start from there.
+
 A quantizer belongs to the block that makes the value; one that quantizers of several blocks share, to the first.
 Float and quantized values at the edges of blocks are computed once and kept until the last block that reads them,
 in memory up to `MEMORY` bytes and in temporary files beyond.
@@ -32,11 +35,12 @@ from torch import Tensor
 
 from vmq.crops import Crops, crop_graph
 from vmq.errors import ModelError, OutputError, PassError
-from vmq.fakequant import FakeQuantize
+from vmq.fakequant import FakeQuantize, along, grid_scale
+from vmq.gptq import Layer, Moments, bias_of, layer_of, round_columns
 from vmq.graph import Constant, Graph
 from vmq.lanes import LANES, Lanes
 from vmq.layers import float_source, homes
-from vmq.learning import Adam, Dropped, Parameter, SoftRounding, assign, coarse, mixed, parameters
+from vmq.learning import SETTLED, Adam, Dropped, Parameter, SoftRounding, assign, coarse, mixed, parameters
 from vmq.pipeline import Context, Pass, PassResult
 from vmq.runtime import Session
 from vmq.shadow import Shadow
@@ -44,6 +48,8 @@ from vmq.spec import BlockRecipe
 
 MEMORY = 2 << 30
 """Bytes of block inputs and outputs that are held in memory; what is more goes to temporary files."""
+COLUMNS = 24
+"""Frames that a layer's columns are rounded on."""
 WARM_UP = 8
 """At most so many frames warm the state up before a sequence."""
 
@@ -120,7 +126,7 @@ class _Reconstruction:
             self._advance(self.exact, floats, float_reads, needed, {})
             states = {i: g for i, o in self.states.items() if i in reads
                       for g in sorted(gives, key=o.__ne__)[:1] if o in (g, self.sources[g])}
-            block = _Block(reads, gives, [self.sources[g] for g in gives], states)
+            block = _Block(reads, gives, [self.sources[g] for g in gives], states, float_reads)
             key = f"blocks-{number}-{index}"
             report.append(self._learn(block, nodes, floats, ours, recipe, key, (index, len(edges))))
             self._advance(self.shadow, ours, reads, gives, block.states)
@@ -227,6 +233,9 @@ class _Reconstruction:
         weights, activations = _quantizers_of(shadow, nodes)
         before = self._loss(block, floats, ours)
         learned = [p for p in parameters(shadow, recipe.learn, nodes) if p.constant not in self.learned]
+        saved = context.checkpoint.load(key)
+        if recipe.gptq and saved is None:
+            self._round_columns(block, weights, recipe, floats, ours)
         soft = dict[str, SoftRounding]()
         if "rounding" in recipe.learn:
             for name, weight in weights.items():
@@ -234,7 +243,6 @@ class _Reconstruction:
                     soft[weight] = SoftRounding(_own(original[name]), shadow.parameter(weight))
                     shadow.quantizers[name] = soft[weight]
                     learned.append(Parameter("rounding", weight, soft[weight].v, torch.ones(())))
-        saved = context.checkpoint.load(key) if learned else None
         if saved is None and learned:
             stand_ins = {} if recipe.separate else coarse({n: original[n] for n in activations})
             for name in activations:
@@ -262,6 +270,47 @@ class _Reconstruction:
         context.progress(f"block {place[0] + 1} of {place[1]}, error {before:.4f} -> {after:.4f}",
                          (place[0] + 1) / place[1])
         return {"layers": len(weights), "error_before": before, "error_after": after}
+
+    @torch.no_grad()
+    def _round_columns(self, block: _Block, weights: dict[str, str], recipe: BlockRecipe, floats: dict[str, Tensor],
+                       ours: dict[str, Tensor]) -> None:
+        """Round the weights of a block's layers one after the other, each on what those before it give."""
+        shadow, (count, length) = self.shadow, ours[self.frame].shape[:2]
+        rng = np.random.default_rng((self.context.options.seed, 53))
+        picks = [(int(k) // length, int(k) % length, rng.random(2)) for k in rng.permutation(count * length)[:COLUMNS]]
+        twins = {v.name: node for node in self.exact.graph.nodes for v in node.outputs}
+        for node in shadow.graph.nodes:
+            name = weights.get(node.inputs[1].name) if len(node.inputs) > 1 else None
+            if name is None or name in self.learned or len(node.inputs[1].outputs) > 1:
+                continue
+            twin, weight = twins.get(self.sources[node.outputs[0].name]), shadow.parameter(name)
+            layer, quantizer = layer_of(node, weight.shape), _own(shadow.quantizers[node.inputs[1].name])
+            if twin is None or twin.op != node.op or layer is None or bool(quantizer.grid_zero().any()):
+                continue
+            read, float_read = node.inputs[0].name, twin.inputs[0].name
+            held = shadow.run({}, self._fixed(block))
+
+            def moments(pick: tuple[int, int, Any], layer: Layer = layer, held: dict[str, Tensor] = held,
+                        read: str = read, float_read: str = float_read) -> Moments:
+                s, t, offset = pick
+                x = shadow.run({**held, **{n: ours[n][s, t].to(self.device) for n in block.reads}}, [read])[read]
+                y = self.exact.run({n: floats[n][s, t].to(self.device) for n in block.float_reads},
+                                   [float_read])[float_read]
+                return Moments.of(layer.columns(x, offset), layer.columns(y, offset))
+
+            found = sum(self.lanes.map(moments, picks[1:]), start=moments(picks[0]))
+            bias = bias_of(node) if "bias" in recipe.learn else None
+            scale = along(grid_scale(quantizer.scale), weight, quantizer.spec.axis).expand_as(weight)
+            scale = layer.split(scale)[:, :, :1].double()
+            exact = layer.split(self.exact.parameter(twin.inputs[1].name))
+            wanted, steps, gain = round_columns(exact, scale, quantizer.limits, found, biased=bias is not None)
+            near = torch.minimum(torch.maximum(wanted / scale, steps - SETTLED), steps + SETTLED)
+            ends = (steps <= quantizer.limits[0]) | (steps >= quantizer.limits[1])
+            weight.copy_(layer.join(torch.where(ends, steps, near) * scale))
+            if bias is not None:
+                own = bias_of(twin)
+                first = self.exact.parameter(own.name) if own is not None else 0.0
+                shadow.parameter(bias.name).copy_(first + gain.reshape(-1))
 
     def _descend(self, block: _Block, learned: list[Parameter], soft: list[SoftRounding], floats: dict[str, Tensor],
                  ours: dict[str, Tensor], recipe: BlockRecipe, key: str, place: tuple[int, int]) -> None:
@@ -345,11 +394,12 @@ class _Reconstruction:
 
 
 class _Block:
-    """The edges of a block: what enters and leaves it, the float names of what leaves, its states."""
+    """The edges of a block: what enters and leaves it, the float names of what leaves, states, what enters float."""
 
     def __init__(self, reads: tuple[str, ...], gives: tuple[str, ...], targets: list[str], states: dict[str, str],
-                 ) -> None:
+                 float_reads: tuple[str, ...]) -> None:
         self.reads, self.gives, self.targets, self.states = reads, gives, targets, states
+        self.float_reads = float_reads
         self.fixed: tuple[str, ...] | None = None
 
 

@@ -144,6 +144,27 @@ def test_rounding_is_learned_on_float_activations_first(start: tuple[Graph, Cont
     assert (before[4:] > before[:4]).all()                    # the second sweep has rounded activations, too
 
 
+def test_rounding_columns_first_starts_far_nearer(start: tuple[Graph, Context]):
+    learn = ("rounding", "bias")
+    _, plain = reconstruct(start, 1, learn=learn, drop=0.0)
+    graph, result = reconstruct(start, 1, learn=learn, drop=0.0, gptq=True)
+    (_, without), (before, after) = errors(plain), errors(result)
+    assert after.mean() < 0.75 * without.mean()
+    assert np.all(after < 1.05 * before)
+    assert changed(start[0], graph) <= parts(graph)["weight"] | parts(graph)["bias"]
+
+
+def test_columns_that_were_rounded_are_kept(start: tuple[Graph, Context], monkeypatch: pytest.MonkeyPatch):
+    kept = Kept()
+    options: dict[str, Any] = {"learn": ("rounding", "bias"), "gptq": True, "checkpoint": kept}
+    first, _ = reconstruct(start, 1, **options)
+    monkeypatch.setattr(reconstruct_blocks, "round_columns", None)
+    kept_entries = dict(kept.entries)
+    again, _ = reconstruct(start, 1, **options)
+    assert kept.entries == kept_entries
+    assert first.to_bytes() == again.to_bytes()
+
+
 def test_without_a_recipe_for_blocks_the_graph_is_the_object_it_was(start: tuple[Graph, Context]):
     graph = start[0].copy()
     before, values = graph.to_bytes(), {id(v) for v in graph.values()}
@@ -329,7 +350,7 @@ def test_warm_float_states_come_in(start: tuple[Graph, Context], monkeypatch: py
 
 # -- the same every time -------------------------------------------------------------------------------
 
-VMQ = {"learn": ("rounding", "weight_scale", "scale", "zero", "bias"), "drop": 0.5}
+VMQ = {"learn": ("rounding", "weight_scale", "scale", "zero", "bias"), "drop": 0.5, "gptq": True}
 
 
 @pytest.fixture(scope="module")

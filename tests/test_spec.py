@@ -104,6 +104,7 @@ def test_recipe_from_a_file(tmp_path: Path) -> None:
     ("equalize = 1", "equalize is 1; give true or false"),
     ("blocks = 1", r"blocks is 1; give a table \[blocks\]"),
     ("[blocks]\ndrap = 0.5", r"\[blocks\]: unknown key 'drap'; known are bias_rate, drop, "),
+    ("[blocks]\ngptq = true\nlearn = ['scale']", r"\[blocks\]: gptq is true and rounding is not learned; add it"),
     ("[blocks]\ndrop = 1.0", r"\[blocks\]: drop is 1.0; give 0 to below 1"),
     ("[blocks]\nscale_rate = -1.0", "scale_rate is -1.0; give 0 or more"),
     ("[blocks]\nscale_rate = nan", "scale_rate is nan; give 0 or more"),

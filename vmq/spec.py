@@ -123,6 +123,7 @@ class BlockRecipe:
         learn: what is learned, of `LEARNABLE` without affine.
         drop: probability that a value of an activation stays unrounded while learning.
         separate: learn what belongs to weights in a first sweep, on float activations, and the rest in a second.
+        gptq: round weights column by column first (vmq/gptq.py), so that rounding is learned from there.
         rounding_rate, scale_rate, zero_rate, weight_rate, bias_rate: rates at `iterations`; with fewer, see `rates`.
         rounding_weight: weight of AdaRound's regulariser.
         iterations: how many steps a block takes in the authors' code.
@@ -131,6 +132,7 @@ class BlockRecipe:
     learn: tuple[str, ...] = ("rounding", "scale")
     drop: float = 0.5
     separate: bool = False
+    gptq: bool = False
     rounding_rate: float = 1e-3
     scale_rate: float = 4e-5
     zero_rate: float = 4e-4
@@ -143,6 +145,8 @@ class BlockRecipe:
         _check_part(self, set(LEARNABLE) - {"affine"})
         if self.drop >= 1.0:
             raise OptionError(f"drop is {self.drop}; give 0 to below 1")
+        if self.gptq and "rounding" not in self.learn:
+            raise OptionError("gptq is true and rounding is not learned; add it to learn")
         if self.iterations < 1:
             raise OptionError(f"iterations is {self.iterations}; give 1 or more")
 

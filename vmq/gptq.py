@@ -1,0 +1,169 @@
+"""Weights of a layer rounded column by column, each column's error passed on to those that are still to come.
+
+With x the float layer's input and x' that of the quantized one, both less their means, over many positions:
+
+    H  = E x' x'^T                                  and H + d I where it is inverted for Q
+    W* = W + W E(x - x') x'^T (H + 5 d I)^-1        what gives W x from x' with the least square error (Li et al. 2025,
+                                                    GPTAQ, arXiv:2504.02692), held back a little
+    Q  = columns of W* in order of falling H_ii, rounded one after the other; what is not rounded yet makes up for the
+         error as far as it can (Frantar et al. 2022, GPTQ, arXiv:2210.17323)
+    b' = b + W E x - Q E x'                         so that the mean stays
+
+One pass over the data instead of thousands of gradient steps. Means are left in where there is no bias to put the
+difference into.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vmq.graph import Constant
+
+POSITIONS = 1024
+"""About so many positions of a picture are looked at."""
+DAMPING = 0.01
+"""d as a share of the mean of H_ii ..."""
+FEW = 0.3
+"""... and so much more for each input that a position of the sample stands for."""
+BLOCK = 64
+"""Columns whose errors are passed on together."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """How a layer multiplies: y[g,o] = sum over k of weight[g,o,k] * column[g,k] at every position.
+
+    Attributes:
+        columns: of the layer's input [N,...] and an offset, the columns [G,K,positions] under it.
+        split: the weight as [G,O,K].
+        join: and back.
+    """
+
+    columns: Callable[[Tensor, Sequence[float]], Tensor]
+    split: Callable[[Tensor], Tensor]
+    join: Callable[[Tensor], Tensor]
+
+
+def layer_of(node: Any, shape: Sequence[int]) -> Layer | None:
+    """How a node with a constant weight of some shape multiplies; None where this module does not know it."""
+    attrs = node.attrs
+    if node.op == "Conv" and len(shape) == 4 and attrs.get("auto_pad", "NOTSET") == "NOTSET":
+        groups, kernel = attrs.get("group", 1), (shape[2], shape[3])
+        stride, dilation = (tuple(attrs.get(key, (1, 1))) for key in ("strides", "dilations"))
+        top, left, bottom, right = attrs.get("pads", (0, 0, 0, 0))
+
+        def columns(x: Tensor, offset: Sequence[float]) -> Tensor:
+            x = F.pad(x, (left, right, top, bottom))
+            size = [(n - d * (k - 1) - 1) // s + 1
+                    for n, d, k, s in zip(x.shape[2:], dilation, kernel, stride, strict=True)]
+            skip = max(1, math.isqrt(size[0] * size[1] // POSITIONS))
+            first = [int(part * min(skip, n)) * s for part, n, s in zip(offset, size, stride, strict=True)]
+            found = F.unfold(x[:, :, first[0]:, first[1]:], kernel, dilation=dilation,
+                             stride=(stride[0] * skip, stride[1] * skip))
+            return found.movedim(0, 1).reshape(groups, found.shape[1] // groups, -1)
+
+        return Layer(columns, lambda w: w.reshape(groups, -1, math.prod(shape[1:])), lambda w: w.reshape(tuple(shape)))
+    if len(shape) == 2 and (node.op == "MatMul" or (node.op == "Gemm" and not attrs.get("transA", 0)
+                                                    and attrs.get("alpha", 1.0) == 1.0)):
+        turned = bool(node.op == "Gemm" and attrs.get("transB", 0))
+
+        def rows(x: Tensor, offset: Sequence[float]) -> Tensor:
+            x = x.reshape(-1, x.shape[-1])
+            skip = max(1, len(x) // POSITIONS)
+            return x[int(offset[0] * skip)::skip].T[None]
+
+        return Layer(rows, lambda w: (w if turned else w.T)[None], lambda w: w[0] if turned else w[0].T)
+    return None
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over positions of a layer's input: float64, [G,K] and [G,K,K]; they add up.
+
+    Attributes:
+        count: positions.
+        ours, theirs: sums of x' and of x.
+        square: sum of x' x'^T.
+        off: sum of (x - x') x'^T.
+    """
+
+    count: int
+    ours: Tensor
+    theirs: Tensor
+    square: Tensor
+    off: Tensor
+
+    @classmethod
+    def of(cls, ours: Tensor, theirs: Tensor) -> Moments:
+        """Those of columns [G,K,positions] of the quantized and the float network."""
+        turned = ours.transpose(1, 2)
+        return cls(ours.shape[2], *(t.double() for t in (ours.sum(2), theirs.sum(2), ours @ turned,
+                                                         (theirs - ours) @ turned)))
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.count + other.count, self.ours + other.ours, self.theirs + other.theirs,
+                       self.square + other.square, self.off + other.off)
+
+
+def round_columns(weight: Tensor, scale: Tensor, limits: tuple[int, int], moments: Moments, *, biased: bool,
+                  ) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights that give from x' what `weight` gives from x, before rounding and as integers, and what biases gain.
+
+    Args:
+        weight: the float layer's, [G,O,K].
+        scale: [G,O,1], of the grid; its zero point is 0.
+        limits: the smallest and largest integer.
+        biased: the layer has a bias that can be changed.
+
+    Returns:
+        W* and Q, [G,O,K] float64, and b' - b, [G,O], 0 unless biased.
+    """
+    weight, scale, count = weight.double(), scale.double(), moments.count
+    ours, theirs = moments.ours / count, moments.theirs / count
+    hessian, off = moments.square / count, moments.off / count
+    if biased:
+        hessian = hessian - ours[:, :, None] * ours[:, None, :]
+        off = off - (theirs - ours)[:, :, None] * ours[:, None, :]
+    inputs = hessian.shape[1]
+    mean = hessian.diagonal(dim1=1, dim2=2).mean(1)
+    damping = (DAMPING + FEW * inputs / count) * mean + 1e-9 * mean.max().clamp(min=1e-9)
+    unit = torch.eye(inputs, dtype=hessian.dtype, device=hessian.device) * damping[:, None, None]
+    wanted = weight + torch.linalg.solve(hessian + 5.0 * unit, (weight @ off).transpose(1, 2)).transpose(1, 2)
+    steps = _columns_in_turn(wanted / scale, hessian + unit, limits)
+    gain = torch.zeros_like(weight[:, :, 0])
+    if biased:
+        gain = (weight @ theirs[:, :, None] - (steps * scale) @ ours[:, :, None])[:, :, 0]
+    return wanted, steps, gain
+
+
+def _columns_in_turn(steps: Tensor, hessian: Tensor, limits: tuple[int, int]) -> Tensor:
+    """GPTQ: integers for weights [G,O,K] in units of their steps; those whose input is strongest come first."""
+    order = hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
+    back = order.argsort(dim=1)[:, None].expand_as(steps)
+    left = steps.gather(2, order[:, None].expand_as(steps)).clone()
+    sorted_ = hessian.gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None].expand_as(hessian))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(sorted_))
+    upper = torch.linalg.cholesky(inverse).mT        # row i: how the rest makes up for an error in column i
+    done = torch.empty_like(left)
+    for start in range(0, left.shape[2], BLOCK):
+        stop = min(left.shape[2], start + BLOCK)
+        errors = torch.empty_like(left[:, :, start:stop])
+        for k in range(start, stop):
+            done[:, :, k] = left[:, :, k].round().clamp_(*limits)
+            errors[:, :, k - start] = (left[:, :, k] - done[:, :, k]) / upper[:, k, k, None]
+            left[:, :, k:stop] -= errors[:, :, k - start, None] * upper[:, None, k, k:stop]
+        left[:, :, stop:] -= errors @ upper[:, start:stop, stop:]
+    return done.gather(2, back)
+
+
+def bias_of(node: Any) -> Constant | None:
+    """A layer's own constant bias, or None."""
+    value = node.inputs[2] if len(node.inputs) > 2 else None
+    return value if isinstance(value, Constant) and len(value.outputs) == 1 else None
