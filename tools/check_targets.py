@@ -85,8 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"check_{args.target}: error: {error}", file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as error:
-        print(f"check_{args.target}: error: `{' '.join(map(str, error.cmd))[:300]}` ended with {error.returncode}",
-              file=sys.stderr)
+        said = (error.stderr or "").strip().splitlines()
+        print(f"check_{args.target}: error: `{' '.join(map(str, error.cmd))[:300]}` ended with {error.returncode}"
+              + (f": {said[-1]}" if said else ""), file=sys.stderr)
         return 2
 
 
@@ -105,7 +106,7 @@ def _frames(model: Path, clip: Path | None, count: int, path: Path) -> Path:
 def _provider(args: argparse.Namespace, work: Path, frames: Path) -> int:
     print(f"{', '.join(PACKAGES[args.target])}" + (f"; soc_model {args.soc_model}, emulated" if args.target == "qnn"
                                                    else ""), flush=True)
-    command: list[str | Path] = [_venv(work, PACKAGES[args.target]), LOOP, args.model, frames, "--provider",
+    command: list[str | Path] = [environment(work, PACKAGES[args.target]), LOOP, args.model, frames, "--provider",
                                  args.target, "--threads", str(args.threads)]
     if args.reference:
         command += ["--reference", args.reference]
@@ -115,7 +116,7 @@ def _provider(args: argparse.Namespace, work: Path, frames: Path) -> int:
 
 
 def _arm(args: argparse.Namespace, work: Path, frames: Path) -> int:
-    python = _venv(work, PACKAGES["arm"])
+    python = environment(work, PACKAGES["arm"])
     emulated = _aarch64(work, python)
     here, there = work / "x86_64.npz", work / "aarch64.npz"
     print(f"{', '.join(PACKAGES['arm'])}, on both sides", flush=True)
@@ -148,15 +149,21 @@ def differences(one: Path, other: Path) -> tuple[list[str], int]:
     return lines, total
 
 
-def _venv(work: Path, packages: Sequence[str]) -> Path:
-    """The Python of an environment that holds `packages`, made if it is not there yet."""
+def environment(work: Path, packages: Sequence[str], limit: float | None = None) -> Path:
+    """The Python of an environment in `work` that holds `packages`, made if it is not there yet.
+
+    Raises:
+        subprocess.SubprocessError: the packages cannot be installed (then what pip said of it is in `stderr`), or not
+            within `limit` seconds.
+    """
     folder, stamp = work / "venv", work / "venv" / "packages.txt"
     wanted = "\n".join(packages)
     if not stamp.is_file() or stamp.read_text() != wanted:
         print(f"setting up {folder}", file=sys.stderr)
         shutil.rmtree(folder, ignore_errors=True)
         _call(sys.executable, "-m", "venv", folder)
-        _call(folder / "bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages)
+        subprocess.run([folder / "bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
+                        *packages], check=True, stderr=subprocess.PIPE, text=True, timeout=limit)
         stamp.write_text(wanted)
     return folder / "bin/python"
 

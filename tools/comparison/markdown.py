@@ -34,7 +34,7 @@ def render(bench: Bench) -> str:
     for table in rows.TABLES:
         caption = [*(SIZE_CAPTION.splitlines() if table.size else []), *table.note.splitlines()]
         lines += ["", f"## {table.title}", "", *([*caption, ""] if caption else [])]
-        lines += _markdown(_head(table), list(_lines(bench, table)))
+        lines += markdown(_head(table), list(_lines(bench, table)))
         wider = _above_nominal(bench, table)
         lines += ["", *wider] if wider else []
     return "\n".join([*lines, "", _footer(bench)]) + "\n"
@@ -100,9 +100,10 @@ def _mean(values: Sequence[float], digits: int = 2, *, spread: bool = True) -> s
     return f"{text} ± {statistics.stdev(values):.{digits}f}" if spread and len(values) > 1 else text
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 2) -> list[str]:
+    """A table of which the first `left` columns are words, the others numbers."""
     lines = [f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |" for cells in (head, *rows)]
-    return [lines[0], f"|---|---|{'---:|' * (len(head) - 2)}", *lines[1:]]
+    return [lines[0], f"|{'---|' * left}{'---:|' * (len(head) - left)}", *lines[1:]]
 
 
 def _above_nominal(bench: Bench, table: Table) -> list[str]:
