@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from vmq import processes
 from vmq.graph import Constant, Graph
 from vmq.pipeline import Context, Pass, PassResult
 from vmq.runtime import Session
@@ -50,7 +51,7 @@ class BalanceChannels(Pass):
         if not context.options.recipe.balance or context.options.bits.activations == 8 or not context.clips:
             return PassResult()
         convs = [n for n in graph.nodes if _suits(n)]
-        ranges = _ranges(graph, context, {n.inputs[0].name for n in convs})
+        ranges = processes.first(lambda: _ranges(graph, context, {n.inputs[0].name for n in convs}))
         folded = gated = inserted = 0
         for conv in convs:
             value, weight = conv.inputs[0], np.asarray(conv.inputs[1].values, np.float64)

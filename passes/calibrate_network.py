@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from vmq import processes
 from vmq.clips import Clip
 from vmq.crops import Crops, crop_graph
 from vmq.errors import PassError
@@ -151,7 +152,7 @@ class _Calibration:
         for step in range(first, steps):
             turn = [(step * effort.batch + k) % STREAMS for k in range(effort.batch)]
             losses.append(self.lanes.gradients(self._loss, turn, [p.parameter for p in self.learned],
-                                               self.context.options.seed * 100003 + step))
+                                               self.context.options.seed * 100003 + step, turn))
             nn.utils.clip_grad_norm_([w for w in weights if w.grad is not None], LONGEST)
             ramp = min(1.0, (step + 1) / min(WARM_UP, max(1, steps // 10)))
             optimizer.step(ramp * 0.5 * (1.0 + math.cos(math.pi * step / steps)))
@@ -250,24 +251,27 @@ class _Calibration:
 
     def _measure_states(self) -> None:
         """Note the power of the teacher's states."""
-        for stream in self.streams[:GATE_CLIPS]:
+        def powers(stream: _Stream) -> dict[str, float]:
             frames, _ = self.crops.draw(stream.number, max(8, self.context.options.effort.unrolled))
             taught, _ = self._teach(frames, {n: v.cpu().numpy() for n, v in self.start.items()})
-            for name in self.states.values():
-                power = float(np.mean([float(m[name].square().mean()) for m in taught]))
+            return {name: float(np.mean([float(m[name].square().mean()) for m in taught]))
+                    for name in self.states.values()}
+
+        for found in processes.together([powers(s) for s in processes.mine(self.streams[:GATE_CLIPS])]):
+            for name, power in found.items():
                 self.powers[name] = self.powers.get(name, 1e-12) + power / GATE_CLIPS
 
     # -- gates --------------------------------------------------------------------------------------
 
     def _goals(self) -> list[tuple[Clip, list[NDArray[np.float32]]]]:
-        """Clips to look at closed-loop error on, with the alpha to aim at in each frame."""
+        """Clips that this process looks at closed-loop error on, with the alpha to aim at in each frame."""
         assert self.context.reference is not None
         footage = [c for c in self.context.footage or self.context.clips if len(c)]
         clips = footage[::max(1, len(footage) // GATE_CLIPS)][:GATE_CLIPS]
         length = max(4, self.context.options.effort.loop_frames // len(clips))
         teacher = Session(self.context.reference, pairs=self.context.options.pairs)
         goals = []
-        for clip in (c.part(0, min(len(c), length)) for c in clips):
+        for clip in (c.part(0, min(len(c), length)) for c in processes.mine(clips)):
             truth = clip.alpha() if self.recipe.teacher == "alpha" else None
             goals.append((clip, [a.copy() for a in teacher.alphas(clip.frames())] if truth is None
                           else [(t / np.float32(255.0)).astype(np.float32) for t in truth]))
@@ -287,7 +291,7 @@ class _Calibration:
         session = Session(self.graph, pairs=self.context.options.pairs)
         errors = [np.mean([np.abs(a - t).mean() for a, t in zip(session.alphas(clip.frames()), goal, strict=True)])
                   for clip, goal in goals]
-        return 1e3 * float(np.mean(errors))
+        return 1e3 * float(np.mean(processes.together(errors)))
 
     def _held(self) -> dict[str, Tensor]:
         """Quantized weights, and what affine corrections make of them and of biases, for all frames of a sequence."""
@@ -303,11 +307,12 @@ class _Calibration:
     def _keep(self, optimizer: Adam, best: list[Tensor], history: list[tuple[int, float]]) -> None:
         arrays = {f"t{k}": t.cpu().numpy() for k, t in enumerate(optimizer.tensors())}
         arrays |= {f"b{k}": t.cpu().numpy() for k, t in enumerate(best)}
-        for k, stream in enumerate(self.streams):
-            arrays[f"s{k}"] = np.array((stream.number, stream.place))
-            for whose in ("ours", "theirs"):
-                for name, value in getattr(stream, whose).items():
-                    arrays[f"s{k}{whose}{name}"] = torch.as_tensor(value).cpu().numpy()
+        own = [{"": np.array((s.number, s.place)), **{
+            f"{whose}{name}": torch.as_tensor(value).cpu().numpy()
+            for whose in ("ours", "theirs") for name, value in getattr(s, whose).items()}}
+            for s in processes.mine(self.streams)]
+        for k, stream in enumerate(processes.together(own)):
+            arrays |= {f"s{k}{name}": value for name, value in stream.items()}
         self.context.checkpoint.save("network", arrays | {"history": np.array(history)})
 
     @torch.no_grad()
@@ -319,7 +324,7 @@ class _Calibration:
         for k, tensor in enumerate(optimizer.tensors()):
             tensor.copy_(torch.from_numpy(saved[f"t{k}"]))
         optimizer.count = history[-1][0]
-        for k in range(STREAMS):
+        for k in processes.mine(range(STREAMS)):
             number, place = (int(n) for n in saved[f"s{k}"])
             stream = self.streams[k] = _Stream(number)
             if place:

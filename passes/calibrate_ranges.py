@@ -9,13 +9,14 @@ Weights get one scale per output channel by the same search.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vmq import processes
 from vmq.errors import PassError
 from vmq.graph import Constant, Graph
 from vmq.layers import float_source
@@ -53,22 +54,26 @@ class CalibrateRanges(Pass):
         observed = _observe(context.reference, names, context, recipe.samples)
 
         limits = context.options.target.weight_range
-        for index, nodes in enumerate(groups.values()):
+        def search(nodes: list[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
             node = nodes[0]
             source, spec = sources[id(node)], QuantSpec.of(node.inputs[2].dtype, node.attrs.get("axis"))
             if spec.signed:
                 scale = search_weight_scale(np.asarray(source.values), spec, norm=recipe.range_norm,
                                             steps=recipe.range_steps, limits=limits if spec.bits == 8 else None)
-                zero = np.zeros(scale.shape, np.int32)
-            else:
-                seen = [_Seen.of_constant(s) if isinstance(s, Constant) else observed[called[k]] for k, s in {
-                    id(n): sources[id(n)] for n in nodes}.items()]
-                scale, zero = search_range(np.concatenate([s.samples for s in seen]), min(s.low for s in seen),
-                                           max(s.high for s in seen), spec, norm=recipe.range_norm,
-                                           steps=recipe.range_steps, through=_reader(node))
-            node.inputs[1].values = _short(scale)
-            node.inputs[2].values = np.asarray(zero).astype(spec.dtype)
-            context.progress("searching ranges", (index + 1) / len(groups))
+                return _short(scale), np.zeros(scale.shape, spec.dtype)
+            seen = [_Seen.of_constant(s) if isinstance(s, Constant) else observed[called[k]] for k, s in {
+                id(n): sources[id(n)] for n in nodes}.items()]
+            scale, zero = search_range(np.concatenate([s.samples for s in seen]), min(s.low for s in seen),
+                                       max(s.high for s in seen), spec, norm=recipe.range_norm,
+                                       steps=recipe.range_steps, through=_reader(node))
+            return _short(scale), np.asarray(zero).astype(spec.dtype)
+
+        own, found = processes.mine(list(groups.values())), list[tuple[NDArray[Any], NDArray[Any]]]()
+        for nodes in own:
+            found.append(search(nodes))
+            context.progress("searching ranges", len(found) / len(own))
+        for nodes, (scale, zero) in zip(groups.values(), processes.together(found), strict=True):
+            nodes[0].inputs[1].values, nodes[0].inputs[2].values = scale, zero
         frames = sum(len(c) for c in context.clips)
         return PassResult(modified=len(groups), report={
             "frames": frames, "clips": [c.name for c in context.clips], "quantizers": len(groups)})
@@ -93,6 +98,14 @@ class _Seen:
         return np.concatenate(self._kept)
 
     @classmethod
+    def of_all(cls, parts: Sequence[_Seen]) -> _Seen:
+        """What was seen in one clip after the other."""
+        seen = cls(0)
+        seen.low, seen.high = min(p.low for p in parts), max(p.high for p in parts)
+        seen._kept = [values for p in parts for values in p._kept]
+        return seen
+
+    @classmethod
     def of_constant(cls, constant: Any) -> _Seen:
         seen = cls(1 << 62)
         seen.add(np.asarray(constant.values, np.float32))
@@ -104,22 +117,25 @@ def _observe(reference: Graph, names: list[str], context: Context, samples: int)
     total = sum(len(c) for c in context.clips)
     session = Session(reference, pairs=context.options.pairs, extra=names, device=context.options.device)
     inputs = {v.name for v in reference.inputs}
-    seen = {name: _Seen(max(64, samples // total)) for name in names}
-    done = 0
-    for clip in context.clips:
+    starts = np.cumsum([0, *(len(c) for c in context.clips)])
+
+    def watch(number: int) -> dict[str, _Seen]:
+        seen = {name: _Seen(max(64, samples // total)) for name in names}
         session.reset()
-        for frame in clip.frames():
+        for place, frame in enumerate(context.clips[number].frames(), int(starts[number])):
             fed = session.feeds(frame)
             outputs = session.step(frame)
             for name in names:
                 values = fed[name] if name in inputs else outputs[name]
                 if not np.isfinite(values).all():
-                    raise PassError(f"{name} becomes NaN or infinite in frame {done} of the calibration, in float "
+                    raise PassError(f"{name} becomes NaN or infinite in frame {place} of the calibration, in float "
                                     "already; check the model and the clip")
-                seen[name].add(values, context.options.seed, done)
-            done += 1
-            context.progress("running the calibration clips", done / total)
-    return seen
+                seen[name].add(values, context.options.seed, place)
+            context.progress("running the calibration clips", (place + 1) / total)
+        return seen
+
+    clips = processes.together([watch(k) for k in processes.mine(range(len(context.clips)))])
+    return {name: _Seen.of_all([seen[name] for seen in clips if seen[name].low < np.inf]) for name in names}
 
 
 def _short(scale: NDArray[Any]) -> NDArray[np.float32]:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from vmq import processes
 from vmq.errors import PassError
 from vmq.graph import Constant, Graph, Variable
 from vmq.pipeline import Context, Pass, PassResult
@@ -82,9 +83,11 @@ def _mean_errors(graph: Graph, reference: Graph, context: Context) -> dict[str, 
         results[node.name], feeds[given.name] = result.name, source
     exact = Session(reference, pairs=context.options.pairs, extra=list(feeds.values()), device=context.options.device)
     ours = create_session(apart, extra=list(results.values()), device=context.options.device)
-    sums: dict[str, NDArray[np.float64]] = {}
-    measured, frames = 0, _frames_of(context)
-    for number, clip in enumerate(context.clips):
+    frames = _frames_of(context)
+
+    def compare(number: int) -> list[dict[str, NDArray[np.float64]]]:
+        """The errors of each measured frame of a clip."""
+        clip, found = context.clips[number], []
         exact.reset()
         for index, frame in enumerate(clip.frames(0, min(len(clip), WARM_UP + frames))):
             fed = exact.feeds(frame)
@@ -92,15 +95,19 @@ def _mean_errors(graph: Graph, reference: Graph, context: Context) -> dict[str, 
             if index < min(WARM_UP, len(clip) - 1):
                 continue
             fed |= {name: outputs[source] for name, source in feeds.items()}
+            errors = {}
             for node, source, y_rounded in zip(results, feeds.values(), ours.run(list(results.values()), fed),
                                                strict=True):
                 y = outputs[source]
                 axes = (0, *range(2, y.ndim))
-                error = y.mean(axes, np.float64) - y_rounded.mean(axes, np.float64)
-                sums[node] = sums.get(node, 0.0) + error
-            measured += 1
+                errors[node] = y.mean(axes, np.float64) - y_rounded.mean(axes, np.float64)
+            found.append(errors)
         context.progress("comparing means", (number + 1) / len(context.clips))
-    return {node: total / measured for node, total in sums.items()}
+        return found
+
+    clips = processes.together([compare(k) for k in processes.mine(range(len(context.clips)))])
+    rows = [errors for clip in clips for errors in clip]
+    return {node: sum((errors[node] for errors in rows), np.zeros(())) / len(rows) for node in results}
 
 
 def _frames_of(context: Context) -> int:

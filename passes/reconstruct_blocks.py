@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vmq import processes
 from vmq.crops import Crops, crop_graph
 from vmq.errors import ModelError, OutputError, PassError
 from vmq.fakequant import FakeQuantize, along, grid_scale
@@ -50,6 +51,8 @@ MEMORY = 2 << 30
 """Bytes of block inputs and outputs that are held in memory; what is more goes to temporary files."""
 COLUMNS = 24
 """Frames that a layer's columns are rounded on."""
+ITEM = 2
+"""Frames that gradients are taken of at a time."""
 WARM_UP = 8
 """At most so many frames warm the state up before a sequence."""
 
@@ -104,7 +107,7 @@ class _Reconstruction:
         self.learned: set[str] = set()
         self.changed = self.bytes = 0
         self.sequences = lanes.map(self._sequence, range(effort.sequences))
-        self.batchable = self._runs_in_batches()
+        self.batchable = processes.first(self._runs_in_batches)
 
     def sweep(self, recipe: BlockRecipe, number: int) -> list[dict[str, Any]]:
         """Learn every block once; what each lost before and after, relative to its float output's power."""
@@ -187,7 +190,7 @@ class _Reconstruction:
         held = shadow.run({}, shadow.fixed_values()) if shadow is self.shadow else {}
         count, length = store[self.frame].shape[:2]
 
-        def run(s: int) -> dict[str, list[Tensor]]:
+        def run(s: int, length: int = length) -> dict[str, list[Tensor]]:
             results: dict[str, list[Tensor]] = {g: [] for g in gives}
             carried: dict[str, Tensor] = {}
             for t in range(length):
@@ -197,16 +200,19 @@ class _Reconstruction:
                     results[name].append(value)
             return results
 
-        first = run(0)
-        for name, values in first.items():
+        for name, values in run(0, 1).items():
             store[name] = self._new((count, length, *values[0].shape))
-            store[name][0] = torch.stack(values)
 
         def fill(s: int) -> None:
             for name, values in run(s).items():
                 store[name][s] = torch.stack(values)
 
-        self.lanes.map(fill, range(1, count))
+        self.lanes.map(fill, range(count))
+        for s in range(count) if processes.count() > 1 else ():
+            for name in gives:
+                sent = store[name][s].to(self.device)         # some may have it in memory and others in a file
+                processes.spread(sent, s)
+                store[name][s] = sent
 
     @torch.no_grad()
     def _runs_in_batches(self) -> bool:
@@ -322,7 +328,7 @@ class _Reconstruction:
             p.parameter.requires_grad_()
         count, length = ours[self.frame].shape[:2]
         rng = np.random.default_rng((seed, *map(int, key.split("-")[1:])))
-        frames = max(LANES, effort.block_batch)
+        frames, size = max(LANES, effort.block_batch), ITEM if self.batchable and not block.states else 1
         for step in range(iterations):
             picked: list[tuple[int, int | None]]
             if block.states:
@@ -331,7 +337,8 @@ class _Reconstruction:
                 picked = [(int(k) // length, int(k) % length) for k in rng.permutation(count * length)[:frames]]
             share = max(0.0, (step / iterations - 0.2) / 0.8)
             sharpness = 20.0 - 18.0 * share if step >= 0.2 * iterations else 0.0
-            items = [picked[k::LANES] for k in range(LANES)] if self.batchable else [[p] for p in picked]
+            parts = max(LANES, math.ceil(len(picked) / size))
+            items = [picked[k::parts] for k in range(parts)]
 
             def loss(item: list[tuple[int, int | None]], sharpness: float = sharpness) -> Tensor:
                 total = self._error(block, item, floats, ours, recipe.drop if not recipe.separate else 0.0)

@@ -39,6 +39,7 @@ PASS_PAGES = {path.stem: path for path in PAGES if path.parent.name == "passes"}
 
 NOT_RUN = {
     r"vmq fetch ": "needs the network; tests/test_fetch.py",
+    r"torchrun ": "tests/test_processes.py::test_killed_and_resumed_two_processes_write_what_one_writes",
     r"vmq bench ": "takes a quiet machine; tests/test_bench.py",
     r"vmq run \S+ \d ": "needs a camera",
     r"python -m models\.rvm ": "needs weights; tests/test_rvm.py",

@@ -1,7 +1,8 @@
 """Checkpoints: what long work has finished, kept in a folder until the result is written.
 
 Every entry is one .npz file that appears whole or not at all. The folder belongs to one piece of work, told by a key
-made of everything that decides its result; entries of other work are never read.
+made of everything that decides its result; entries of other work are never read. Of several processes that share the
+work, the first keeps the folder and tells the others what is in it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vmq import processes
 from vmq.errors import OutputError
 from vmq.graph import write_atomic
 
@@ -34,7 +36,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path | None = None, key: Any = None, resume: bool = False) -> None:
-        self.folder = folder
+        self.folder = folder = folder if processes.rank() == 0 else None
         self._key = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
         if folder is not None and folder.exists():
             if not folder.is_dir() or any(not _is_ours(p) for p in folder.iterdir()):
@@ -58,6 +60,9 @@ class Checkpoint:
 
     def load(self, name: str) -> dict[str, NDArray[Any]] | None:
         """What was kept under a name; None if there is nothing, or it is damaged."""
+        return processes.first(lambda: self._load(name))
+
+    def _load(self, name: str) -> dict[str, NDArray[Any]] | None:
         if self.folder is None:
             return None
         try:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vmq import processes
 from vmq.errors import OptionError, VmqError
 from vmq.progress import Progress
 
@@ -30,12 +31,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args.words = sys.argv[1:] if arguments is None else arguments
     try:
         command: Callable[[argparse.Namespace], None] = args.command
-        command(args)
+        if not processes.launched():
+            command(args)
+        elif command not in (_compile, _eval):
+            raise OptionError("torchrun is for `vmq compile` and `vmq eval`; run the other commands without it")
+        else:
+            with processes.joined(getattr(args, "device", "cpu")):
+                args.quiet = args.quiet or processes.rank() > 0
+                command(args)
         sys.stdout.flush()
     except VmqError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        print("vmq: interrupted", file=sys.stderr)
+        if processes.spokesman() is not None:
+            print("vmq: interrupted", file=sys.stderr)
         return EXIT_INTERRUPT
     except BrokenPipeError:  # the reader has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -52,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"vmq: error: {' '.join(message.split())}", file=sys.stderr)
+    speaker = processes.spokesman()
+    if speaker is not None:
+        print(f"vmq: error: {speaker}{' '.join(message.split())}", file=sys.stderr)
     return EXIT_ERROR
 
 
@@ -168,7 +179,8 @@ def _remark(args: argparse.Namespace, text: str) -> None:
 
 def _print(args: argparse.Namespace, table: Any, lines: Sequence[str]) -> None:
     """Print a command's result: as JSON, or as lines."""
-    print(json.dumps(table, indent=2) if args.json else "\n".join(lines))
+    if processes.rank() == 0:
+        print(json.dumps(table, indent=2) if args.json else "\n".join(lines))
 
 
 def _observer(progress: Progress) -> Any:

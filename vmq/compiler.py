@@ -16,7 +16,7 @@ import torch
 
 from passes import PIPELINE
 from passes.bind_shapes import frame_size
-from vmq import __version__
+from vmq import __version__, processes
 from vmq.checkpoint import Checkpoint
 from vmq.clips import Clip, fingerprint, open_clips, sample_clips
 from vmq.dump import Dump
@@ -24,7 +24,7 @@ from vmq.errors import MediaError, OptionError, OutputError
 from vmq.graph import Graph, check_output
 from vmq.lanes import check_device
 from vmq.lock import locked
-from vmq.pipeline import Context, Observer, PassResult, run_passes
+from vmq.pipeline import Context, Observer, Pass, PassResult, run_passes
 from vmq.runtime import Session
 from vmq.spec import EFFORTS, Bits, Effort, Options, Recipe
 from vmq.synthetic import synthetic_clips
@@ -150,7 +150,8 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
     if isinstance(calib, (str, os.PathLike)):
         calib = [calib]
     graph = model.copy() if isinstance(model, Graph) else Graph.load(model)
-    if output is not None:
+    writes = processes.rank() == 0
+    if output is not None and writes:
         _check_output(Path(output), model)
     input_bytes = Path(model).stat().st_size if isinstance(model, (str, os.PathLike)) else len(graph.to_bytes())
     footage = fingerprint(calib)
@@ -158,21 +159,31 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
     frames = options.effort.calibration
     sampled = sample_clips(clips, frames, stretch=min(32, max(8, frames // len(clips))))
     context = Context(options, sampled, clips, progress=progress)
-    with locked(Path(p) for p in (output, dump) if p is not None):
+    work = [hashlib.sha256(graph.to_bytes()).hexdigest(), options.describe(), repr(options.recipe),
+            repr(options.effort), [(c.name, len(c), c.size) for c in clips], __version__, torch.__version__,
+            ort.__version__]
+    processes.agree("model, options, footage and versions", repr(work))
+    with locked(Path(p) for p in (output, dump) if p is not None and writes):
         if output is not None:
-            key = [hashlib.sha256(graph.to_bytes()).hexdigest(), options.describe(), repr(options.recipe),
-                   repr(options.effort), footage, [(c.name, len(c), c.size) for c in clips], __version__,
-                   torch.__version__, ort.__version__]
-            context.checkpoint = Checkpoint(Path(f"{output}.unfinished"), key, resume)
-        watchers = [*observers, *([Dump(Path(dump), command)] if dump is not None else [])]
+            context.checkpoint = Checkpoint(Path(f"{output}.unfinished"), [*work, footage], resume)
+        watchers = [*observers, *([Dump(Path(dump), command)] if dump is not None and writes else []), _Agreement()]
         results = run_passes(graph, PIPELINE, context, watchers)
         _check_unchanged(footage, fingerprint(calib))
-        if output is not None:
+        if output is not None and writes:
             graph.save(output)
             context.checkpoint.finish()
     return Result(graph, Path(output) if output is not None else None,
                   {p.name: r for p, r in zip(PIPELINE, results, strict=True)}, len(graph.to_bytes()), input_bytes,
                   frames=(sum(map(len, sampled)), sum(map(len, clips))), synthetic=not calib, squeezed=squeezed)
+
+
+class _Agreement(Observer):
+    """Makes sure that processes that share the work hold the same graph after every pass."""
+
+    def after(self, index: int, step: Pass, graph: Graph, result: PassResult, seconds: float) -> None:  # noqa: ARG002
+        """After a pass that went well."""
+        if processes.count() > 1:
+            processes.agree(f"graph after {step.name}", hashlib.sha256(graph.to_bytes()).hexdigest())
 
 
 def _check_output(path: Path, model: Any) -> None:

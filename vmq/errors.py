@@ -6,7 +6,8 @@ VmqError
 ├── OptionError   an option's value makes no sense
 ├── FetchError    trained weights could not be downloaded
 ├── OutputError   a result cannot be written
-└── PassError     a pass of the pipeline failed, or left an invalid graph
+├── PassError     a pass of the pipeline failed, or left an invalid graph
+└── ProcessError  of several processes that share the work, one is gone or holds something else
 """
 
 from __future__ import annotations
@@ -46,3 +47,7 @@ class PassError(VmqError, RuntimeError):
     def __init__(self, message: str, *, pass_name: str = "") -> None:
         super().__init__(message)
         self.pass_name = pass_name
+
+
+class ProcessError(VmqError, RuntimeError):
+    """Processes that share the work lost one of them, or do not hold the same."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from vmq import processes
 from vmq.clips import Clip, Frame
 from vmq.errors import MediaError, OptionError
 from vmq.matting import set_ratio, to_uint8
@@ -74,21 +75,26 @@ def evaluate(models: Sequence[str], clips: Sequence[Clip], *, reference: str | N
     for clip in clips:
         for session in everyone:
             _check_size(session, clip)
-    progress = _Counter(report, total=len(everyone) * sum(len(clip) for clip in clips))
-    results = {path: ModelScores() for path in sessions}
-    distances: dict[str, list[tuple[float, float, float]]] = {path: [] for path in sessions}
-    for clip in clips:
+    own = processes.mine(clips)
+    progress = _Counter(report, total=len(everyone) * sum(len(clip) for clip in own))
+
+    def score(clip: Clip) -> dict[str, tuple[Scores | None, tuple[float, float, float] | None]]:
+        """Scores of every model on a clip, and its distance to the reference."""
         target = _mattes(teacher, clip, downsample_ratio, progress) if teacher else None
+        found = {}
         for path, session in sessions.items():
             mattes = _mattes(session, clip, downsample_ratio, progress)
             true = clip.alpha()
-            results[path].clips[clip.name] = None if true is None else score_clip(iter(mattes), true)
-            if target is not None:
-                distances[path].append(_distance(mattes, target))
-    if teacher:
-        for path, rows in distances.items():
-            mean = np.mean(rows, axis=0)
-            results[path].fidelity = dict(zip(("MAD", "MSE", "dtSSD"), map(float, mean), strict=True))
+            found[path] = (None if true is None else score_clip(iter(mattes), true),
+                           None if target is None else _distance(mattes, target))
+        return found
+
+    rows = processes.together([score(clip) for clip in own])
+    results = {path: ModelScores({clip.name: row[path][0] for clip, row in zip(clips, rows, strict=True)})
+               for path in sessions}
+    for path, result in results.items() if teacher else ():
+        mean = np.mean([row[path][1] or () for row in rows], axis=0)
+        result.fidelity = dict(zip(("MAD", "MSE", "dtSSD"), map(float, mean), strict=True))
     return results
 
 

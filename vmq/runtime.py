@@ -21,6 +21,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from vmq import processes
 from vmq.clips import to_float
 from vmq.errors import MediaError, ModelError, OptionError
 from vmq.graph import Graph
@@ -303,7 +304,7 @@ def create_session(graph: Graph, *, threads: int = 0, optimize: bool = True, ext
     options = ort.SessionOptions()
     options.graph_optimization_level = (ort.GraphOptimizationLevel.ORT_ENABLE_ALL if optimize
                                         else ort.GraphOptimizationLevel.ORT_DISABLE_ALL)
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or processes.threads()
     options.log_severity_level = 4
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")   # several sessions share the cores
     proto = graph.to_proto()
@@ -311,7 +312,9 @@ def create_session(graph: Graph, *, threads: int = 0, optimize: bool = True, ext
     proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in dict.fromkeys(extra) if n not in present)
     four_bit = any(c.dtype == np.dtype(ml_dtypes.uint4) for c in graph.constants())
     disabled = ["ClipQuantRewrite"] if four_bit else []       # it throws where it meets a 4-bit zero point
-    providers = {"CUDAExecutionProvider"} & set(ort.get_available_providers()) if device == "cuda" else ()
+    providers = list[Any]()
+    if device == "cuda" and "CUDAExecutionProvider" in ort.get_available_providers():
+        providers = [("CUDAExecutionProvider", {"device_id": processes.gpu()})]
     try:
         return ort.InferenceSession(proto.SerializeToString(), options, providers=[*providers, "CPUExecutionProvider"],
                                     disabled_optimizers=disabled)
