@@ -6,6 +6,7 @@ from passes.bind_shapes import BindShapes
 from passes.calibrate_network import CalibrateNetwork
 from passes.calibrate_ranges import CalibrateRanges
 from passes.check_input import CheckInput
+from passes.choose_bits import ChooseBits
 from passes.compute_in_float32 import ComputeInFloat32
 from passes.correct_biases import CorrectBiases
 from passes.double_sizes import DoubleSizes
@@ -29,7 +30,7 @@ from passes.slim_down import SlimDown
 from passes.verify import Verify
 from vmq.pipeline import Pass
 
-PIPELINE: tuple[Pass, ...] = (
+_PREPARE: tuple[Pass, ...] = (
     CheckInput(),
     RaiseOpset(),
     BindShapes(),
@@ -42,6 +43,8 @@ PIPELINE: tuple[Pass, ...] = (
     Equalize(),
     BalanceChannels(),
     FindClosures(),
+)
+_QUANTIZE: tuple[Pass, ...] = (
     InsertQdq(),
     CalibrateRanges(),
     IntegerForms(),
@@ -58,4 +61,5 @@ PIPELINE: tuple[Pass, ...] = (
     SlimDown(),
     Verify(),
 )
+PIPELINE: tuple[Pass, ...] = (*_PREPARE, ChooseBits(_QUANTIZE), *_QUANTIZE)
 """What `vmq compile` runs, in this order."""

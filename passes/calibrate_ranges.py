@@ -9,7 +9,7 @@ Weights get one scale per output channel by the same search.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -51,32 +51,56 @@ class CalibrateRanges(Pass):
         renamed: dict[str, str] = context.found["insert_qdq"]
         called = {k: renamed.get(s.name, s.name) for k, s in sources.items() if not isinstance(s, Constant)}
         names = list(dict.fromkeys(called.values()))
-        observed = _observe(context.reference, names, context, recipe.samples)
+        ranges: Ranges = context.found.get(self.name) or Ranges()
+        missing = [n for n in names if n not in ranges.observed]
+        if missing:
+            ranges.observed |= _observe(context.reference, missing, context, recipe.samples)
 
         limits = context.options.target.weight_range
+        def key(nodes: list[Any]) -> tuple[Any, ...]:
+            reader, spec = _reader(nodes[0]), QuantSpec.of(nodes[0].inputs[2].dtype, nodes[0].attrs.get("axis"))
+            return (spec, *(called.get(id(n), sources[id(n)].name) for n in nodes),
+                    *((reader.op, str(reader.attrs)) if reader else ()))
+
         def search(nodes: list[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
             node = nodes[0]
-            source, spec = sources[id(node)], QuantSpec.of(node.inputs[2].dtype, node.attrs.get("axis"))
+            source, spec, reader = sources[id(node)], key(nodes)[0], _reader(node)
             if spec.signed:
                 scale = search_weight_scale(np.asarray(source.values), spec, norm=recipe.range_norm,
                                             steps=recipe.range_steps, limits=limits if spec.bits == 8 else None)
                 return _short(scale), np.zeros(scale.shape, spec.dtype)
-            seen = [_Seen.of_constant(s) if isinstance(s, Constant) else observed[called[k]] for k, s in {
+            seen = [_Seen.of_constant(s) if isinstance(s, Constant) else ranges.observed[called[k]] for k, s in {
                 id(n): sources[id(n)] for n in nodes}.items()]
+            through = partial(FUNCTIONS[reader.op], **reader.attrs) if reader else None
             scale, zero = search_range(np.concatenate([s.samples for s in seen]), min(s.low for s in seen),
                                        max(s.high for s in seen), spec, norm=recipe.range_norm,
-                                       steps=recipe.range_steps, through=_reader(node))
+                                       steps=recipe.range_steps, through=through)
             return _short(scale), np.asarray(zero).astype(spec.dtype)
 
-        own, found = processes.mine(list(groups.values())), list[tuple[NDArray[Any], NDArray[Any]]]()
+        fresh = {k: nodes for nodes in groups.values() if (k := key(nodes)) not in ranges.searched}
+        own, found = processes.mine(list(fresh.values())), list[tuple[NDArray[Any], NDArray[Any]]]()
         for nodes in own:
             found.append(search(nodes))
             context.progress("searching ranges", len(found) / len(own))
-        for nodes, (scale, zero) in zip(groups.values(), processes.together(found), strict=True):
-            nodes[0].inputs[1].values, nodes[0].inputs[2].values = scale, zero
+        ranges.searched |= zip(fresh, processes.together(found), strict=True)
+        for nodes in groups.values():
+            nodes[0].inputs[1].values, nodes[0].inputs[2].values = ranges.searched[key(nodes)]
         frames = sum(len(c) for c in context.clips)
         return PassResult(modified=len(groups), report={
             "frames": frames, "clips": [c.name for c in context.clips], "quantizers": len(groups)})
+
+
+class Ranges:
+    """What was seen of tensors, and the ranges found for them: graphs that quantize one network can share it.
+
+    Attributes:
+        observed: what was seen of each tensor, by its name in the float graph.
+        searched: scale and zero point, by grid, names of the tensors and the function that reads them.
+    """
+
+    def __init__(self) -> None:
+        self.observed: dict[str, _Seen] = {}
+        self.searched: dict[tuple[Any, ...], tuple[NDArray[Any], NDArray[Any]]] = {}
 
 
 class _Seen:
@@ -147,10 +171,9 @@ def _short(scale: NDArray[Any]) -> NDArray[np.float32]:
     return np.ldexp(np.rint(np.ldexp(part, MANTISSA)), exponent - MANTISSA).astype(np.float32)
 
 
-def _reader(node: Any) -> Callable[[NDArray[np.float32]], NDArray[np.float32]] | None:
-    """The elementwise function that alone reads what a quantizer hands on, if there is one."""
+def _reader(node: Any) -> Any:
+    """A node of the elementwise function that alone reads what a quantizer hands on, if there is one."""
     readers = [r for dequantize in node.outputs[0].outputs for r in dequantize.outputs[0].outputs]
     if not readers or any((r.op, r.attrs) != (readers[0].op, readers[0].attrs) for r in readers):
         return None
-    function = FUNCTIONS.get(readers[0].op)
-    return None if function is None else partial(function, **readers[0].attrs)
+    return readers[0] if readers[0].op in FUNCTIONS else None

@@ -18,7 +18,7 @@ float, or take the target's wide integers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -53,21 +53,33 @@ class InsertQdq(Pass):
     def run(self, graph: Graph, context: Context) -> PassResult:
         graph.infer_shapes()
         context.reference = graph.copy()
-        closures = context.found["find_closures"]
-        work = _Placement(graph, context.options, [s.pair for s in closures.states],
-                          {n for s in closures.states for n in s.nodes})
+        work = _placement(graph, context)
         work.run()
-        work.tie_states([(s.pair.input, s.pair.output) for s in closures.states])
+        work.tie_states([(s.input, s.output) for s in work.states])
         context.found[self.name] = work.renamed
         return PassResult(modified=work.inserted, notes=tuple(work.notes), report={
             "weights": work.weights, "activations": work.activations, "layers": len(work.bits),
             "wider": work.wider()})
 
 
+def layer_bits(graph: Graph, context: Context) -> dict[str, Bits]:
+    """The widths that the pass would give to the operands of each layer, by the layer's name."""
+    return _placement(graph, context).bits
+
+
+def _placement(graph: Graph, context: Context) -> _Placement:
+    closures = context.found["find_closures"]
+    chosen = {n: c.bits for c in context.found.get("choose_bits", ()) for n in c.nodes}
+    return _Placement(graph, context.options, chosen, [s.pair for s in closures.states],
+                      {n for s in closures.states for n in s.nodes})
+
+
 class _Placement:
-    def __init__(self, graph: Graph, options: Options, states: Sequence[StatePair], recurrent: set[str]) -> None:
-        self.graph, self.options, self.target = graph, options, options.target
-        self.states, state_outputs = {s.input for s in states}, {s.output for s in states}
+    def __init__(self, graph: Graph, options: Options, chosen: Mapping[str, Bits], states: Sequence[StatePair],
+                 recurrent: set[str]) -> None:
+        self.graph, self.options, self.target, self.chosen = graph, options, options.target, chosen
+        self.states, state_outputs = states, {s.output for s in states}
+        self.state_inputs = {s.input for s in states}
         self.kinds = kinds_of(graph, self.target, state_outputs, recurrent)
         fine = tail_nodes(graph, self.target, state_outputs) | _differences(graph)
         self.wide_nodes, self.float_nodes = (fine, set[str]()) if self.target.wide else (set[str](), fine)
@@ -119,13 +131,15 @@ class _Placement:
 
     def wider(self) -> dict[str, str]:
         """What does not have the nominal widths: layers by name, and all tensors between carriers."""
-        nominal = self.options.bits
-        wide = {name: str(bits) for name, bits in self.bits.items() if bits != nominal}
-        if nominal.activations < CARRIER_BITS:
+        wide = {name: str(bits) for name, bits in self.bits.items() if bits != self._nominal(name)}
+        if self.options.bits.activations < CARRIER_BITS:
             wide["tensors between elementwise operators"] = "uint8"
         if self.wide_nodes:
             wide["tensors after the last layer, and of differences of averages"] = f"uint{self.target.wide}"
         return wide | dict.fromkeys(sorted(self.float_nodes & set(self.kinds)), "float32")
+
+    def _nominal(self, name: str) -> Bits:
+        return self.chosen.get(name, self.options.bits)
 
     def _bits_of(self, name: str, kinds: set[str]) -> Bits:
         if self.target.wide and ("last" in kinds or name in self.wide_nodes):
@@ -133,11 +147,11 @@ class _Placement:
         keep = {**KEPT_BY_DEFAULT, **self.options.keep}
         named = [keep[k] for k in (*sorted(kinds), name) if k in keep]
         if not named:
-            return self.options.bits
+            return self._nominal(name)
         if name in self.options.keep:
             return Bits(self.options.keep[name], self.options.keep[name])
         wide = max(named)
-        return Bits(wide, max(wide, self.options.bits.activations))
+        return Bits(wide, max(wide, self._nominal(name).activations))
 
     def _wants(self, value: Any) -> set[int]:
         """Widths that the readers of a value want of it."""
@@ -195,7 +209,7 @@ class _Placement:
             return                                          # quantized behind the Relu or Clip
         made_in_integers = self._integer_source(value)
         joins = self._joins(value)
-        if joins and not made_in_integers and len(joins) < len(readers) and value.name not in self.states:
+        if joins and not made_in_integers and len(joins) < len(readers) and value.name not in self.state_inputs:
             for join in joins:                              # a float value is rounded to the grid of what it joins
                 self._replace(value, self._pair(value, self._join_bits(join), self._shared([join])), [join])
             readers = [r for r in readers if r not in joins]

@@ -138,7 +138,9 @@ def _metadata(context: Context, container: str) -> dict[str, str]:
     options = context.options
     closures = context.found["find_closures"]
     said = {key: value for key, value in options.describe().items() if value not in (None, {})}
+    chosen = {c.name: c.to_json() for c in context.found.get("choose_bits", ())}
     return {
+        **({"vmq.closures": json.dumps(chosen)} if chosen else {}),
         STATES_KEY: json.dumps({s.pair.input: s.pair.output for s in closures.states}),
         "vmq.version": __version__,
         "vmq.options": json.dumps(said | {"container": container}, sort_keys=True),

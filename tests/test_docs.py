@@ -29,7 +29,7 @@ import vmq.compiler
 from passes import PIPELINE
 from vmq.clips import open_writer
 from vmq.pipeline import Context, PassResult, run_passes
-from vmq.spec import EFFORTS, Bits, Effort, Options, Recipe
+from vmq.spec import EFFORTS, Bits, Budget, Effort, Options, Recipe
 from vmq.synthetic import synthetic_clips
 from vmq.text import diff_graphs, format_graph
 
@@ -235,13 +235,15 @@ def example(name: str, info: str, text: str) -> tuple[str, PassResult]:
 
     Args:
         name: of the pass.
-        info: words behind ```onnx: opset=17, bits=4, recipe=vmq, size=48x32, state=uint8, equalize.
+        info: words behind ```onnx: opset=17, bits=4, recipe=vmq, size=48x32, state=uint8, budget=80%,
+            equalize.
         text: the network, in the ONNX text form.
     """
     words = dict(word.partition("=")[::2] for word in info.split()[1:])
     recipe = dataclasses.replace(Recipe.load(words.get("recipe", "mse")), equalize="equalize" in words)
     options = Options(bits=Bits.parse(words.get("bits", "8")), recipe=recipe, effort=QUICK,
-                      size=vmq.compiler.parse_size(words.get("size")), state=words.get("state", "float32"))
+                      size=vmq.compiler.parse_size(words.get("size")), state=words.get("state", "float32"),
+                      budget=Budget.parse(words["budget"]) if "budget" in words else None)
     graph = load(text, int(words.get("opset", "21")))
     index = [step.name for step in PIPELINE].index(name)
     context = Context(options, synthetic_clips(SIZE, count=1, frames=4, seed=5))

@@ -213,6 +213,17 @@ def test_names_are_put_back_by_position(peers: ModuleType, tmp_path: Path) -> No
         np.testing.assert_array_equal(one, other)
 
 
+def test_another_order_of_known_names_is_kept(peers: ModuleType, tmp_path: Path) -> None:
+    text = REFERENCE.replace("(float[1, 3, 4, 4] src, float[1, 1, 4, 4] last)",
+                             "(float[1, 1, 4, 4] last, float[1, 3, 4, 4] image)").replace("(src)", "(image)")
+    for name, network in (("q", text), ("reference", REFERENCE)):
+        onnx.save(onnx.parser.parse_model(network), tmp_path / f"{name}.onnx")
+    peers.mend(tmp_path / "q.onnx", tmp_path / "reference.onnx")
+    mended = onnx.load(tmp_path / "q.onnx")
+    assert [i.name for i in mended.graph.input] == ["last", "src"]
+    assert list(mended.graph.node[0].input) == ["src"]
+
+
 def test_nodes_are_sorted_and_the_standard_operators_used(peers: ModuleType, tmp_path: Path) -> None:
     text = """<ir_version: 8, opset_import: ["": 17, "com.microsoft": 1]> net (float[1, 3, 4, 4] src, float[1, 1, 4, 4]
         last) => (float[1, 1, 4, 4] pha, float[1, 1, 4, 4] next) <float scale = {0.01}, uint8 zero = {3}> {

@@ -85,15 +85,17 @@ PEERS: tuple[Peer, ...] = (
         "u8s8": "U8S8, MinMax, per channel", "w4a8": "W4A8, MinMax, per channel", "w4a4": "W4A4, MinMax, per channel"}),
     Peer("NNCF", "nncf", ("nncf==3.4.0", "onnx", RUNTIME), {"default": "default preset", "mixed": "mixed preset"}),
     Peer("AMD Quark", "quark", ("amd-quark==0.13", RUNTIME, TORCH), {
-        "u8s8": "U8S8, MinMax, per channel", "A8W8": "A8W8 preset", "XINT8": "XINT8 preset",
+        "u8s8": "U8S8, MinMax, per channel", "A8W8": "A8W8 preset",
         "u8s8-adaround-16-200": "U8S8, AdaRound, 16 frames, 200 iterations a layer"}),
     Peer("AIMET-ONNX", "aimet", ("aimet-onnx==2.42.0", TORCH), {
         "w8a8": "W8A8", "w4a8": "W4A8", "w4a4": "W4A4", "w4a8-seqmse-16": "W4A8, SeqMSE, 16 frames",
         "w4a8-adaround-16-200": "W4A8, AdaRound, 16 frames, 200 iterations a layer"}),
     Peer("ESP-PPQ", "ppq", ("esp-ppq==1.3.12", TORCH), {"esp_ppq": "default, opset mended"}),
     Peer("PPQ", "ppq", ("ppq==0.6.6", TORCH), {"ppq": "default"}),
-    Peer("onnx-neural-compressor", "onnx_neural_compressor", ("onnx-neural-compressor==1.0",), {"default": "default"}),
-    Peer("Olive", "olive", ("olive-ai==0.13.0", TORCH), {"default": "OnnxStaticQuantization"}),
+    Peer("onnx-neural-compressor", "onnx_neural_compressor", ("onnx-neural-compressor==1.0", "prettytable", "scipy"), {
+        "default": "default; prettytable and scipy added, without which it does not import"}),
+    Peer("Olive", "olive", ("olive-ai==0.13.0", "requests", RUNTIME, TORCH), {
+        "u8s8": "OnnxStaticQuantization, U8S8, per channel; requests added, without which it does not import"}),
     Peer("onnxruntime-tools", "onnxruntime_tools", ("onnxruntime-tools==1.7.0",), {"default": "default"}),
 )
 
@@ -361,9 +363,9 @@ def record_frames(model: Path, calib: Sequence[Path], count: int, folder: Path) 
 def mend(path: Path, reference: Path) -> None:
     """Make a peer's model readable for strict readers, without changing what it computes.
 
-    It gets the names of the float network's inputs and outputs, which it must have in the same order; nodes that stand
-    before those they read from move behind them; and where the runtime's own Quantize- and DequantizeLinear are used
-    for types that the standard ones take as well, those are.
+    It gets the names of the float network's inputs and outputs; those that are called otherwise are told by their
+    order. Nodes that stand before those they read from move behind them. Where the runtime's own Quantize- and
+    DequantizeLinear are used for types that the standard ones take as well, those are.
 
     Raises:
         ModelError: its inputs or outputs are not the network's, by number or by shape; or it has a cycle.
@@ -372,9 +374,12 @@ def mend(path: Path, reference: Path) -> None:
     names: dict[str, str] = {}
     for kind in ("input", "output"):
         ours, theirs = _values(wanted, kind), _values(model, kind)
-        if [shape for _, shape in ours] != [shape for _, shape in theirs]:
-            raise ModelError(f"its {kind}s are not the network's: {', '.join(f'{n} {s}' for n, s in theirs)}")
-        names |= {there: here for (here, _), (there, _) in zip(ours, theirs, strict=True) if here != there}
+        kept = {name: name for name in ours if name in theirs}
+        others = zip((n for n in theirs if n not in kept), (n for n in ours if n not in kept), strict=False)
+        found = kept | dict(others)
+        if len(ours) != len(theirs) or any(theirs[there] != ours[here] for there, here in found.items()):
+            raise ModelError(f"its {kind}s are not the network's: {', '.join(f'{n} {s}' for n, s in theirs.items())}")
+        names |= {there: here for there, here in found.items() if there != here}
     graph = model.graph
     types = {value.name: value.data_type for value in graph.initializer}
     taken = {name for node in graph.node for name in (*node.input, *node.output)} | set(types)
@@ -417,10 +422,11 @@ def _sort(graph: onnx.GraphProto) -> None:
     graph.node.extend(ordered)
 
 
-def _values(model: onnx.ModelProto, kind: str) -> list[tuple[str, list[int]]]:
+def _values(model: onnx.ModelProto, kind: str) -> dict[str, list[int]]:
+    """Shapes of the inputs or outputs by name."""
     constants = {value.name for value in model.graph.initializer}
-    return [(v.name, [d.dim_value for d in v.type.tensor_type.shape.dim])
-            for v in getattr(model.graph, kind) if v.name not in constants]
+    return {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim]
+            for v in getattr(model.graph, kind) if v.name not in constants}
 
 
 # ----------------------------------------------------------------------------------------------------- the Markdown

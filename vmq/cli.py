@@ -83,13 +83,14 @@ def _fetch(args: argparse.Namespace) -> None:
 
 def _compile(args: argparse.Namespace) -> None:
     from vmq.compiler import compile  # noqa: A004  (the API's name for it)
-    from vmq.spec import Bits
+    from vmq.spec import parse_bits
 
-    output = args.output or Path(f"{args.model.stem}_{str(Bits.parse(args.bits)).lower()}.onnx")
+    bits, budget = parse_bits(args.bits, args.budget)
+    output = args.output or Path(f"{args.model.stem}_{'auto' if budget else str(bits).lower()}.onnx")
     with Progress(quiet=args.quiet) as progress:
         shown = _observer(progress)
         result = compile(
-            args.model, bits=args.bits, recipe=args.recipe, calib=args.calib, size=args.size,
+            args.model, bits=args.bits, budget=args.budget, recipe=args.recipe, calib=args.calib, size=args.size,
             downsample_ratio=args.downsample_ratio, effort=args.effort, target=args.target, container=args.container,
             keep=dict(args.keep), pairs=dict(args.pair), output=output, dump=args.dump, seed=args.seed,
             resume=args.resume, device=args.device, state=args.state,
@@ -247,7 +248,11 @@ def _parser() -> argparse.ArgumentParser:
                        "vmq compile rvm.onnx --bits w4a8 --calib footage/ -o rvm_w4a8.onnx")
     add = compile_.add_argument
     add("model", type=Path, metavar="MODEL", help="an ONNX file")
-    add("--bits", default="8", metavar="8|4|w4a8|w8a4", help="width of weights and activations (default: 8)")
+    add("--bits", default="8", metavar="8|4|w4a8|w8a4|auto",
+        help="width of weights and activations (default: 8); auto: for each closure what --budget allows")
+    add("--budget", metavar="SIZE|BOPS|SHARE",
+        help="what --bits auto may spend: a file size (2.6MB), bit operations of a frame (120GBOPs), or their share of "
+             "W8A8's (50%%)")
     add("--recipe", default="vmq", metavar="NAME|FILE.toml",
         help="how parameters are found: vmq (default), mse for ranges alone, brecq, qdrop, ptq4vm")
     add("--calib", nargs="+", default=[], type=Path, metavar="PATH",

@@ -25,8 +25,9 @@ from vmq.graph import Graph, check_output
 from vmq.lanes import check_device
 from vmq.lock import locked
 from vmq.pipeline import Context, Observer, Pass, PassResult, run_passes
+from vmq.report import chosen_lines
 from vmq.runtime import Session
-from vmq.spec import EFFORTS, Bits, Effort, Options, Recipe
+from vmq.spec import EFFORTS, Effort, Options, Recipe, parse_bits
 from vmq.synthetic import synthetic_clips
 from vmq.targets import TARGETS
 
@@ -79,6 +80,12 @@ class Result:
         lines.append(f"quantized {placed['layers']} layers, {placed['weights']} weights, {placed['activations']} "
                      f"activations; wider than nominal: "
                      f"{_short([f'{name} {bits}' for name, bits in placed['wider'].items()]) or 'nothing'}")
+        chosen = self.results["choose_bits"].report
+        if chosen:
+            lines.append(chosen_lines(chosen, {})[0])
+            if chosen["of"] == "size" and self.size_bytes > chosen["limit"]:
+                lines.append(f"note: the file is {self.size_bytes - chosen['limit']:,.0f} bytes over its budget of "
+                             f"{chosen['budget']}; give a smaller one")
         used, given = self.frames
         lines.append(f"calibrated on {used} frames" + (f" in stretches out of {given}" if used < given else ""))
         blocks = self.results["reconstruct_blocks"].report.get("blocks", [])
@@ -104,9 +111,10 @@ class Result:
 
 
 def compile(  # noqa: A001  (the name of what it does: vmq.compile)
-    model: str | os.PathLike[str] | bytes | onnx.ModelProto | Graph, *, bits: str | int = 8, recipe: str = "vmq",
-    calib: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (), size: tuple[int, int] | str | None = None,
-    downsample_ratio: float | None = None, effort: str | Effort = "standard", target: str = "cpu", container: str = "",
+    model: str | os.PathLike[str] | bytes | onnx.ModelProto | Graph, *, bits: str | int = 8, budget: str | None = None,
+    recipe: str = "vmq", calib: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+    size: tuple[int, int] | str | None = None, downsample_ratio: float | None = None,
+    effort: str | Effort = "standard", target: str = "cpu", container: str = "",
     keep: Mapping[str, int] | None = None, pairs: Mapping[str, str] | None = None, seed: int = 0,
     output: str | os.PathLike[str] | None = None, dump: str | os.PathLike[str] | None = None,
     resume: bool = False, device: str = "cpu", state: str = "float32", command: str = "",
@@ -117,7 +125,9 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
 
     Args:
         model: the float32 model: a file, bytes, a ModelProto or a Graph. It is not changed.
-        bits: 8 (W8A8), 4 (W4A4), "w4a8" or "w8a4".
+        bits: 8 (W8A8), 4 (W4A4), "w4a8", "w8a4", or "auto": for each closure what a budget allows.
+        budget: with "auto": a file size such as "2.6MB", bit operations of a frame such as "120GBOPs", or their share
+            of W8A8's such as "50%".
         recipe: a name that ships with vmq, or a TOML file.
         calib: a path or several: videos, folders of frames, folders with com/ and pha/; none: the built-in
             synthetic clips.
@@ -141,8 +151,9 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
     Raises:
         VmqError: bad input, by kind; a file named `output` is as it was before.
     """
+    widths, within = parse_bits(bits, budget)
     effort = effort if isinstance(effort, Effort) else _named(EFFORTS, "--effort", effort)
-    options = Options(bits=Bits.parse(bits), recipe=Recipe.load(recipe), effort=effort,
+    options = Options(bits=widths, budget=within, recipe=Recipe.load(recipe), effort=effort,
                       target=_named(TARGETS, "--target", target), container=container, size=parse_size(size),
                       downsample_ratio=downsample_ratio, keep=dict(keep or {}), pairs=dict(pairs or {}), seed=seed,
                       device=device, state=state)

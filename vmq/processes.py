@@ -23,7 +23,7 @@ from vmq.errors import OptionError, ProcessError
 
 TIMEOUT = timedelta(minutes=30)
 """A process that the others wait for so long is taken for lost."""
-COURTESY = 1.0
+COURTESY = 2.0
 """Seconds for which process 0 goes first in saying what went wrong: most errors are met by all."""
 
 T = TypeVar("T")

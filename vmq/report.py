@@ -102,6 +102,7 @@ class Inspection:
         tensor_blame: of the tensors of the first of these, costliest first.
         findings: what costs most and what to try, the gravest first.
         wider: what has more bits than nominal.
+        chosen: what passes/choose_bits.py reports; empty without a budget.
         setup: command, options, versions and clips of the compile.
         frames: the probe clip, [T,3,H,W].
     """
@@ -116,6 +117,7 @@ class Inspection:
     tensor_blame: list[Blame] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     wider: dict[str, str] = field(default_factory=dict)
+    chosen: dict[str, Any] = field(default_factory=dict)
     setup: dict[str, Any] = field(default_factory=dict)
     frames: NDArray[np.uint8] = field(default_factory=lambda: np.zeros((0, 3, 1, 1), np.uint8))
 
@@ -125,7 +127,7 @@ class Inspection:
                 "notes": self.notes, "findings": [asdict(f) for f in self.findings],
                 "blocks": [asdict(b) for b in self.blocks], "loop": self.loop.to_json() if self.loop else None,
                 "blame": [b.to_json() for b in self.blame], "tensor_blame": [b.to_json() for b in self.tensor_blame],
-                "wider": self.wider, "setup": self.setup}
+                "wider": self.wider, "chosen": self.chosen, "setup": self.setup}
 
     def lines(self, tensors: int = 20) -> list[str]:
         """The tables as text, with the worst `tensors` tensors."""
@@ -138,6 +140,8 @@ class Inspection:
             lines.append(f"{entry['name']:<20}{entry['modified']:>8}{entry['seconds']:>9.2f}{score:>11}")
         lines.append("alpha MAD: mean |alpha - float alpha| x 1e3 over the probe frames, closed loop, optimized (where "
                      "integer kernels come in, rounding moves it a little)")
+        if self.chosen:
+            lines += ["", *chosen_lines(self.chosen, {b.name: b.title for b in self.blocks})]
         lines += ["", f"recurrent closures: {len(self.closures)}"
                   + (f" of {', '.join(str(len(c)) for c in self.closures)} nodes" if self.closures else "")]
         if self.loop is not None and self.loop.states:
@@ -167,6 +171,21 @@ class Inspection:
 def _blame_lines(what: str, rows: Sequence[Blame], titles: dict[str, str]) -> list[str]:
     return [f"{'cost':>8}{'gain':>8}  {what}",
             *(f"{b.cost:>8.3f}{b.gain:>8.3f}  {titles.get(b.name, b.name)}" for b in rows)]
+
+
+def chosen_lines(report: Mapping[str, Any], titles: Mapping[str, str]) -> list[str]:
+    """What passes/choose_bits.py reports, in words: a line on the whole, and a table of the closures."""
+    closures, of = report["closures"], {"size": 1e6, "bops": 1e9}[report["of"]]
+    unit = {"size": "MB", "bops": "GBOPs"}[report["of"]]
+    widths = list(dict.fromkeys(w for c in closures for w in c["sensitivity"]))
+    counts = ", ".join(f"{sum(c['bits'] == w for c in closures)} closures {w}" for w in widths)
+    head = " ".join(f"{w:>8}" for w in widths)
+    return [f"widths within {report['budget']}: {counts}; {report['cost'] / of:.3f} {unit}, W8A8 has "
+            f"{report['W8A8'] / of:.3f}",
+            f"{head}  chosen  closure",
+            *(" ".join(f"{c['sensitivity'][w]:>8.3f}" if w in c["sensitivity"] else " " * 8 for w in widths)
+              + f"  {c['bits']:<6}  {titles.get(c['name'], c['name'])}" for c in closures),
+            "how far a closure alone at these widths moves alpha from that of W8A8, mean x 1e3, nothing learned"]
 
 
 def said(value: Any) -> str:
@@ -212,7 +231,8 @@ def inspect_dump(folder: Path, progress: Callable[[str, float], None] = lambda _
     parts = reports.get("find_closures", {}).get("report", {})
     base = Inspection(
         passes, parts.get("closures", []), [], [f"{name}: {n}" for name, r in reports.items() for n in r["notes"]],
-        wider=reports.get(UNCALIBRATED, {}).get("report", {}).get("wider", {}), frames=frames,
+        wider=reports.get(UNCALIBRATED, {}).get("report", {}).get("wider", {}),
+        chosen=reports.get("choose_bits", {}).get("report", {}), frames=frames,
         setup={key: pipeline.get(key) for key in ("command", "options", "versions", "clips")})
     if not names[floats + 1:] or not parts.get("blocks"):
         return base

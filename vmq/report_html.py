@@ -224,12 +224,20 @@ def _closures(seen: Inspection) -> str:
     heads = [("closure", False), ("layers", True), ("bits", False), ("SQNR dB", True)]
     if blame:
         heads += [("gain", True), ("cost", True)]
+    chosen = {c["name"]: c for c in seen.chosen.get("closures", [])}
+    widths = list(dict.fromkeys(w for c in chosen.values() for w, moved in c["sensitivity"].items() if moved))
+    if chosen:
+        heads += [("chosen", False), *((f"at {w}", True) for w in widths)]
     rows = []
     for block in seen.blocks:
         cells = [_cell(len(block.layers)), f'<td data-v="{_e(block.bits)}">{_e(block.bits)}</td>',
                  _cell(block.sqnr_db, 1)]
         if blame:
             cells += [_cell(blame[block.name].gain, 3), _cell(blame[block.name].cost, 3)]
+        if chosen:
+            mine = chosen.get(block.name, {"bits": "", "sensitivity": {}})
+            cells += [f'<td data-v="{mine["bits"]}">{mine["bits"]}</td>',
+                      *(_cell(mine["sensitivity"].get(w), 3) for w in widths)]
         rows.append(f'<tr><th scope="row" data-v="{_e(block.name)}">{_e(block.title)}</th>{"".join(cells)}</tr>')
     table = _scroll("Closures in numbers", _table(heads, rows))
     note = ("<p>Gain: by how much the error of alpha falls when this closure alone stays in float. Cost: the error "
@@ -237,6 +245,10 @@ def _closures(seen: Inspection) -> str:
             "up for earlier ones.</p>") if blame else (
             "<p>With <code>vmq inspect DUMP --blame --html FILE</code> this page also says what each closure costs "
             "alpha.</p>")
+    if chosen:
+        note += (f"<p>Chosen: the widths that the budget, {_e(seen.chosen['budget'])}, is best spent on. At W4A8 "
+                 "and the like: how far the closure alone at these widths moved alpha from that of W8A8, before "
+                 "learning.</p>")
     inner = ""
     if seen.tensor_blame:
         first = next(b.title for b in seen.blocks if b.name == seen.blame[0].name)

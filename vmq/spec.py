@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -105,10 +106,93 @@ class Bits:
             return cls(int(word), int(word))
         if len(word) == 4 and word[0] == "w" and word[2] == "a" and word[1] in "48" and word[3] in "48":
             return cls(int(word[1]), int(word[3]))
-        raise OptionError(f"--bits {text} is not known; give 8, 4, w4a8 or w8a4")
+        raise OptionError(f"--bits {text} is not known; give 8, 4, w4a8, w8a4, or auto with a --budget")
 
     def __str__(self) -> str:
         return f"W{self.weights}A{self.activations}"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What `--bits auto` may spend.
+
+    Attributes:
+        text: as it was given.
+        of: "size" (bytes of the file) or "bops" (bit operations of a frame, see vmq/cost.py).
+        amount: bytes or bit operations; or of `share`, the share of what W8A8 takes.
+        share: see `amount`.
+    """
+
+    text: str
+    of: str
+    amount: float
+    share: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Read a file size such as `2.6MB`, bit operations such as `120GBOPs`, or their share of W8A8's such as `50%`.
+
+        Raises:
+            OptionError: anything else.
+        """
+        known = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([kmgt]?)(b|bops|%)", text.strip().lower())
+        amount = float(known[1]) if known else 0.0
+        if known is None or (known[2] and known[3] == "%") or amount == 0.0 or (known[3] == "%" and amount >= 100.0):
+            raise OptionError(f"--budget {text} is not known; give {BUDGETS}")
+        if known[3] == "%":
+            return cls(text, "bops", amount / 100.0, share=True)
+        return cls(text, "size" if known[3] == "b" else "bops", amount * 1000.0 ** " kmgt".index(known[2] or " "))
+
+    def limit(self, whole: float) -> float:
+        """Bytes or bit operations at most, if W8A8 takes `whole`."""
+        return self.amount * whole if self.share else self.amount
+
+    def says(self, cost: float, whole: float) -> str:
+        """A cost in the words of the budget, rounded up."""
+        if self.share:
+            return f"{math.ceil(cost / whole * 1e3) / 10:g}%"
+        power = next((p for p in (4, 3, 2) if cost >= 1000.0**p), 1)
+        letter = " kMGT"[power] if self.of == "bops" else " KMGT"[power]
+        return f"{math.ceil(cost / 1000.0**power * 100) / 100:g}{letter}{'B' if self.of == 'size' else 'BOPs'}"
+
+
+BUDGETS = "a file size such as 2.6MB, bit operations of a frame such as 120GBOPs, or their share of W8A8's such as 50%"
+"""What `--budget` takes, in words."""
+
+
+def parse_bits(bits: str | int, budget: str | None) -> tuple[Bits, Budget | None]:
+    """What `--bits` and `--budget` say together. With auto the bits are the narrowest that a layer may get.
+
+    Raises:
+        OptionError: one of them is not known, or goes without the other.
+    """
+    if str(bits).strip().lower() != "auto":
+        if budget is not None:
+            raise OptionError(f"--budget {budget} is for --bits auto, not --bits {bits}; leave one of them out")
+        return Bits.parse(bits), None
+    if budget is None:
+        raise OptionError(f"--bits auto needs a --budget: {BUDGETS}")
+    return Bits(4, 4), Budget.parse(budget)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The widths that passes/choose_bits.py has chosen for a closure.
+
+    Attributes:
+        name, nodes: of the closure, as `find_closures` gave them.
+        bits: of its layers, where `keep` says nothing else.
+        sensitivity: by widths, how far they alone move alpha, in mean |alpha - alpha of W8A8| x 1e3.
+    """
+
+    name: str
+    nodes: tuple[str, ...]
+    bits: Bits
+    sensitivity: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Widths and sensitivity in plain JSON types."""
+        return {"bits": str(self.bits), "sensitivity": dict(self.sensitivity)}
 
 
 LEARNABLE = ("weight", "rounding", "weight_scale", "scale", "zero", "bias", "affine")
@@ -340,6 +424,7 @@ class Options:
 
     Attributes:
         bits, recipe, effort, target, seed: see their types.
+        budget: choose the widths of each closure within this, not below `bits`; None: all have `bits`.
         container: how 4-bit weights are stored; empty: the target's best way.
         size: (height, width) in pixels that free dimensions are bound to; None keeps a static model's.
         downsample_ratio: what an input for the ratio is bound to, in (0, 1].
@@ -361,6 +446,7 @@ class Options:
     seed: int = 0
     device: str = "cpu"
     state: str = "float32"
+    budget: Budget | None = None
 
     def __post_init__(self) -> None:
         if self.state not in STATES:
@@ -399,8 +485,10 @@ class Options:
     def describe(self) -> dict[str, Any]:
         """The options in plain JSON types, for reports and metadata."""
         return {
-            "bits": str(self.bits), "recipe": self.recipe.name, "effort": self.effort.name, "target": self.target.name,
+            "bits": "auto" if self.budget else str(self.bits), "recipe": self.recipe.name,
+            "effort": self.effort.name, "target": self.target.name,
             "container": self.container, "size": list(self.size) if self.size else None,
             "downsample_ratio": self.downsample_ratio, "keep": dict(self.keep), "pairs": dict(self.pairs),
             "seed": self.seed, "device": self.device, "state": self.state,
+            "budget": self.budget.text if self.budget else None,
         }

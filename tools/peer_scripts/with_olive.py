@@ -1,24 +1,28 @@
-"""Olive: its pass around ONNX Runtime's static quantizer, fed by a data configuration of our own."""
+"""Olive: its pass around ONNX Runtime's static quantizer, in a workflow with a data set of our own."""
 
 import os
+import shutil
 from pathlib import Path
 
 os.environ["OLIVE_DISABLE_TELEMETRY"] = "1"
 
-import olive
-from frames import Reader
-from olive.data.config import DataComponentConfig, DataConfig
+import frames as calibration
+import torch
 from olive.data.registry import Registry
+from olive.workflows import run
 
 
 def quantize(variant: str, model: Path, frames: Path, output: Path) -> None:    # noqa: ARG001  (it has one variant)
-    @Registry.register_dataloader("recorded_frames")
-    def recorded_frames(*_: object, **__: object) -> Reader:
-        return Reader(frames)
+    @Registry.register_dataset("recorded_frames")
+    def recorded_frames(**_: object) -> list[tuple[dict[str, torch.Tensor], int]]:
+        return [({name: torch.from_numpy(value[0]) for name, value in inputs.items()}, 0)    # the loader adds a batch
+                for inputs in calibration.load(frames)]
 
-    data = DataConfig(name="frames", type="DummyDataContainer",
-                      dataloader_config=DataComponentConfig(type="recorded_frames"))
-    settings = {"type": "OnnxStaticQuantization", "data_config": data, "quant_format": "QDQ", "per_channel": True,
-                "activation_type": "uint8", "weight_type": "int8"}
-    olive.run({"input_model": {"type": "ONNXModel", "model_path": str(model)}, "passes": {"quantize": settings},
-               "output_dir": str(output)})
+    done = run({
+        "input_model": {"type": "ONNXModel", "model_path": str(model)},
+        "data_configs": [{"name": "frames", "load_dataset_config": {"type": "recorded_frames"}}],
+        "passes": {"quantize": {"type": "OnnxStaticQuantization", "data_config": "frames", "quant_format": "QDQ",
+                                "calibrate_method": "MinMax", "per_channel": True, "activation_type": "uint8",
+                                "precision": "int8"}},
+        "output_dir": "olive", "cache_dir": "cache"})
+    shutil.copyfile(done.get_best_candidate().model_path, output)
