@@ -128,6 +128,7 @@ def test_inputs_that_do_not_correlate_are_rounded_to_nearest():
 
 
 def test_makes_up_for_what_goes_in_wrong(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gptq, "SHARE", 1.0)
     monkeypatch.setattr(gptq, "DAMPING", 1e-9)
     monkeypatch.setattr(gptq, "FEW", 0.0)
     x, weight = correlated(8, 5000, 1), random(1, 6, 8, seed=4)
