@@ -9,8 +9,8 @@ With x the float layer's input and x' that of the quantized one, both less their
          error as far as it can (Frantar et al. 2022, GPTQ, arXiv:2210.17323)
     b' = b + W E x - Q E x'                         so that the mean stays
 
-The least square error is not the best for what follows: it makes noisy inputs count for less, and at 4-bit activations a
-whole network of such layers fades. A part of the way keeps the gain without that.
+The least square error is not the best for what follows: it makes noisy inputs count for less, and at 4-bit activations
+a whole network of such layers fades. A part of the way keeps the gain without that.
 
 One pass over the data instead of thousands of gradient steps. Means are left in where there is no bias to put the
 difference into.
