@@ -35,7 +35,7 @@ def test_bits(text: str | int, bits: Bits, said: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "2", "16", "w4", "a8", "w4a", "w2a8", "w4a16", "4.0", "four", "w4 a8"])
 def test_bad_bits(text: str) -> None:
-    with pytest.raises(OptionError, match="give 8, 4, w4a8 or w8a4") as error:
+    with pytest.raises(OptionError, match="give 8, 4, w4a8, w8a4, or auto with a --budget") as error:
         Bits.parse(text)
     assert text in one_line(error)
 
@@ -156,7 +156,7 @@ def test_options_describe_themselves_in_json() -> None:
     assert json.loads(json.dumps(options.describe())) == {
         "bits": "W4A8", "recipe": "plain", "effort": "standard", "target": "cpu", "container": "int8",
         "size": [288, 512], "downsample_ratio": 0.25, "keep": {"first": 8}, "pairs": {"r1i": "r1o"}, "seed": 3,
-        "device": "cpu", "state": "float32"}
+        "device": "cpu", "state": "float32", "budget": None}
     assert all(Options(container=c).container == c for c in TARGETS["cpu"].containers)
     assert json.dumps(Options().describe())
 
