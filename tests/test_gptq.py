@@ -165,12 +165,18 @@ def test_moments_add_up():
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
 
 
-def test_an_input_that_is_always_zero():
+def test_inputs_that_are_always_the_same():
     x, weight = correlated(8, 500), 0.3 * random(1, 6, 8)
     x[:, 3] = 0.0
     _, steps, gain = round_columns(weight, SCALE, (-8, 7), Moments.of(x, x), biased=True)
     assert bool(torch.isfinite(steps).all())
     assert bool(torch.isfinite(gain).all())
+    constant = torch.full_like(x, 700.0)
+    constant[:, 0] += 1e-3 * x[:, 0]
+    for biased in (True, False):
+        _, steps, gain = round_columns(weight, SCALE, (-8, 7), Moments.of(constant.float(), x.float()), biased=biased)
+        assert bool(torch.isfinite(steps).all())
+        assert bool(torch.isfinite(gain).all())
     nothing = torch.zeros_like(x)
     _, steps, _ = round_columns(weight, SCALE, (-8, 7), Moments.of(nothing, nothing), biased=True)
     assert torch.equal(steps, nearest(weight, SCALE))

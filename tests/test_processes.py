@@ -24,7 +24,8 @@ from vmq.spec import EFFORTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1",
+               "TORCH_CPP_LOG_LEVEL": "ERROR"}        # as the program sets it before torch is imported
 
 
 def torchrun(*arguments: str, count: int = 2) -> list[str]:

@@ -35,6 +35,8 @@ DAMPING = 0.01
 """d as a share of the mean of H_ii ..."""
 SHARE = 0.3
 """a, how much of the errors before it a layer makes up for."""
+EXACT = 1e-9
+"""Of the power of the strongest inputs, so much is added to every H_ii: an input may be constant."""
 FEW = 0.3
 """... and so much more for each input that a position of the sample stands for."""
 BLOCK = 64
@@ -108,9 +110,9 @@ class Moments:
     @classmethod
     def of(cls, ours: Tensor, theirs: Tensor) -> Moments:
         """Those of columns [G,K,positions] of the quantized and the float network."""
+        ours, theirs = ours.double(), theirs.double()           # what is left without the mean may be small
         turned = ours.transpose(1, 2)
-        return cls(ours.shape[2], *(t.double() for t in (ours.sum(2), theirs.sum(2), ours @ turned,
-                                                         (theirs - ours) @ turned)))
+        return cls(ours.shape[2], ours.sum(2), theirs.sum(2), ours @ turned, (theirs - ours) @ turned)
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.count + other.count, self.ours + other.ours, self.theirs + other.theirs,
@@ -136,9 +138,9 @@ def round_columns(weight: Tensor, scale: Tensor, limits: tuple[int, int], moment
     if biased:
         hessian = hessian - ours[:, :, None] * ours[:, None, :]
         off = off - (theirs - ours)[:, :, None] * ours[:, None, :]
-    inputs = hessian.shape[1]
+    inputs, power = hessian.shape[1], moments.square.diagonal(dim1=1, dim2=2).mean(1) / count
     mean = hessian.diagonal(dim1=1, dim2=2).mean(1)
-    damping = (DAMPING + FEW * inputs / count) * mean + 1e-9 * mean.max().clamp(min=1e-9)
+    damping = (DAMPING + FEW * inputs / count) * mean + EXACT * power.max().clamp(min=EXACT)
     unit = torch.eye(inputs, dtype=hessian.dtype, device=hessian.device) * damping[:, None, None]
     made_up = torch.linalg.solve(hessian + 5.0 * unit, (weight @ off).transpose(1, 2)).transpose(1, 2)
     wanted = weight + SHARE * made_up

@@ -83,6 +83,7 @@ def joined(device: str = "cpu") -> Iterator[None]:
     if not launched():
         yield
         return
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")       # when another process ends, we say so ourselves
     import torch
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
