@@ -304,7 +304,8 @@ class _Reconstruction:
                                    [float_read])[float_read]
                 return Moments.of(layer.columns(x, offset), layer.columns(y, offset))
 
-            found = sum(self.lanes.map(moments, picks[1:]), start=moments(picks[0]))
+            first, *others = self.lanes.map(moments, picks)
+            found = sum(others, start=first)
             bias = bias_of(node) if "bias" in recipe.learn else None
             scale = along(grid_scale(quantizer.scale), weight, quantizer.spec.axis).expand_as(weight)
             scale = layer.split(scale)[:, :, :1].double()
@@ -315,8 +316,8 @@ class _Reconstruction:
             weight.copy_(layer.join(torch.where(ends, steps, near) * scale))
             if bias is not None:
                 own = bias_of(twin)
-                first = self.exact.parameter(own.name) if own is not None else 0.0
-                shadow.parameter(bias.name).copy_(first + gain.reshape(-1))
+                given = self.exact.parameter(own.name) if own is not None else 0.0
+                shadow.parameter(bias.name).copy_(given + gain.reshape(-1))
 
     def _descend(self, block: _Block, learned: list[Parameter], soft: list[SoftRounding], floats: dict[str, Tensor],
                  ours: dict[str, Tensor], recipe: BlockRecipe, key: str, place: tuple[int, int]) -> None:

@@ -8,19 +8,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from compiling import clips, network
-from test_resume import CHILD, RECIPE, TINY, command, kept
+from test_resume import CHILD, RECIPE, command, effort, kept  # noqa: F401  (effort: a fixture)
 from tiny_matting import save, save_pictures
 
 import vmq
 from vmq import processes
 from vmq.cli import main
-from vmq.spec import EFFORTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -156,14 +154,6 @@ def test_a_process_that_does_not_answer():
 
 
 # -- the command line ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True, scope="module")
-def effort() -> Iterator[None]:
-    """The effort of seconds that CHILD has, also in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules[vmq.Result.__module__], "EFFORTS", {**EFFORTS, "tiny": TINY})
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ import torch
 import vmq
 from vmq.bench import processor
 from vmq.crops import resized
-from vmq.errors import VmqError
+from vmq.errors import OptionError, VmqError
 from vmq.graph import Graph
 from vmq.pipeline import Observer, Pass, PassResult
 from vmq.runtime import Session
@@ -40,18 +40,19 @@ FRAMES = (32, 64, 128, 256)
 """Calibration frames; sequences of eight frames for the blocks come out of as many."""
 SIZES = (0.5, 1.0, 2.0)
 """Sizes of the frame, relative to the model's."""
+ERROR = "tools/growth: error: "
 HEAD = "| seconds | of these for learning blocks | peak MiB |\n|---|---|---|---|"
-KINDS = (("convolution, backward", ("convolution_backward", "mkldnn_convolution_backward")),
+KINDS = (("convolution, backward", ("convolution_backward",)),
          ("convolution, forward", ("convolution",)),
          ("fake quantizers", ("_FakeQuantize", "round", "clamp", "hardtanh", "div", "where", "SoftRounding")),
          ("random dropping", ("random_", "lerp", "lt", "view")),
          ("copies, sums, losses", ("copy_", "add", "sub", "mul", "sum", "cat", "stack", "pow", "mean", "dot", "fill_")))
 
 
-def effort_of(frames: int) -> Effort:
-    """`standard` with so many frames, and few steps a block: those do not grow with frames."""
+def effort_of(frames: int, steps: int) -> Effort:
+    """`standard` with so many frames, and so many steps a block: those do not grow with frames."""
     return replace(EFFORTS["standard"], name=f"{frames} frames", calibration=frames, bias_frames=max(8, frames // 4),
-                   sequences=frames // 8, frames=8, block_iterations=10, loop_frames=min(frames, 64))
+                   sequences=frames // 8, frames=8, block_iterations=steps, loop_frames=min(frames, 64))
 
 
 class _Watch(Observer):
@@ -83,7 +84,7 @@ def measure(model: str, job: dict[str, Any]) -> dict[str, Any]:
     graph = Graph.load(model)
     if job["scale"] != 1.0:
         graph = resized(graph, job["scale"])
-    effort = replace(effort_of(job["frames"]), block_iterations=job["steps"])
+    effort = effort_of(job["frames"], job["steps"])
     watch, blocks, last = _Watch("reconstruct_blocks" if job["profile"] else ""), list[tuple[float, float]](), ""
 
     def progress(what: str, _share: float) -> None:
@@ -135,7 +136,8 @@ class _Bench:
             child = subprocess.run([sys.executable, __file__, str(self.model), "--job", job], capture_output=True,
                                    text=True, check=False)
             if child.returncode:
-                raise VmqError(" ".join(child.stderr.split())[-300:])
+                said = child.stderr.strip().splitlines() or ["ended without a word"]
+                raise VmqError(said[-1].removeprefix(ERROR))
             self.done[job] = json.loads(child.stdout.splitlines()[-1])
         return self.done[job]
 
@@ -193,6 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     try:
+        if min(args.frames) < 8:
+            raise OptionError(f"--frames {min(args.frames)}: give 8 or more, the length of a sequence")
         if args.job:
             print(json.dumps(measure(str(args.model), json.loads(args.job))))
             return 0
@@ -203,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for line in tables(bench, args.frames, args.sizes, args.profile):
                 print(line, flush=True)
     except VmqError as error:
-        print(f"tools/growth: error: {error}", file=sys.stderr)
+        print(f"{ERROR}{error}", file=sys.stderr)
         return 2
     return 0
 
