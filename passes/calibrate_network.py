@@ -70,7 +70,7 @@ class CalibrateNetwork(Pass):
             raise PassError("there is no float reference; run insert_qdq before")
 
     def run(self, graph: Graph, context: Context) -> PassResult:
-        recipe = context.options.network
+        recipe = context.options.recipe.network
         if recipe is None:
             return PassResult()
         with Lanes(context.options.device) as lanes:

@@ -67,7 +67,7 @@ class ReconstructBlocks(Pass):
             raise PassError("there are no blocks, or no float reference; run find_closures and insert_qdq before")
 
     def run(self, graph: Graph, context: Context) -> PassResult:
-        recipe = context.options.blocks
+        recipe = context.options.recipe.blocks
         if recipe is None:
             return PassResult()
         with Lanes(context.options.device) as lanes, tempfile.TemporaryDirectory(prefix="vmq-") as folder:

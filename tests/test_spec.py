@@ -159,11 +159,3 @@ def test_options_describe_themselves_in_json() -> None:
         "device": "cpu", "state": "float32", "budget": None}
     assert all(Options(container=c).container == c for c in TARGETS["cpu"].containers)
     assert json.dumps(Options().describe())
-
-
-def test_what_is_learned_at_which_width() -> None:
-    for name, at_8_bits in (("vmq", False), ("qdrop", True), ("ptq4vm", True)):
-        for bits in ("8", "w4a8", "w8a4", "4"):
-            options = Options(bits=Bits.parse(bits), recipe=Recipe.load(name))
-            assert (options.blocks is not None) == (at_8_bits or bits != "8")
-            assert (options.network is not None) == (name == "ptq4vm")

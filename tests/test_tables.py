@@ -245,7 +245,7 @@ def test_recipes_are_made_of_shipped_ones(tables: ModuleType, tmp_path: Path) ->
     assert load["brecq+gac"].blocks == shipped["brecq"].blocks
     assert load["brecq+gac"].network.flow == 0
     assert load["brecq+gac+ofa"].network == shipped["ptq4vm"].network
-    assert dataclasses.replace(load["vmq+gac+ofa"], name="vmq", network=None, learn_at_8_bits=False) == shipped["vmq"]
+    assert dataclasses.replace(load["vmq+gac+ofa"], name="vmq", network=None) == shipped["vmq"]
     assert load["vmq+gac+ofa"].network == shipped["ptq4vm"].network
     assert load["ptq4vm-float"].network == dataclasses.replace(shipped["ptq4vm"].network, teacher="float")
     assert rows.same_as_shipped("brecq+gac+ofa", tmp_path) == "brecq+gac+ofa"

@@ -295,7 +295,6 @@ class Recipe:
         correct_biases: shift biases so that every layer keeps its mean.
         equalize: equalize weights across layers where that is exact.
         balance: scale channels in front of 4-bit convolutions to fit one grid.
-        learn_at_8_bits: learn blocks and network at W8A8 as well, where ranges and means alone do.
         blocks: block-wise reconstruction; None for none.
         network: calibration of the whole network; None for none.
     """
@@ -307,7 +306,6 @@ class Recipe:
     correct_biases: bool = True
     equalize: bool = False
     balance: bool = False
-    learn_at_8_bits: bool = True
     blocks: BlockRecipe | None = None
     network: NetworkRecipe | None = None
 
@@ -467,20 +465,6 @@ class Options:
         for what, bits in self.keep.items():
             if bits not in (4, 8):
                 raise OptionError(f"--keep {what}={bits}: give 4 or 8 bits")
-
-    @property
-    def blocks(self) -> BlockRecipe | None:
-        """How blocks are reconstructed at these widths; None if they are not."""
-        return self.recipe.blocks if self._learns else None
-
-    @property
-    def network(self) -> NetworkRecipe | None:
-        """How the whole network is calibrated at these widths; None if it is not."""
-        return self.recipe.network if self._learns else None
-
-    @property
-    def _learns(self) -> bool:
-        return self.recipe.learn_at_8_bits or self.bits != Bits(8, 8)
 
     def describe(self) -> dict[str, Any]:
         """The options in plain JSON types, for reports and metadata."""
