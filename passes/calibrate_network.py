@@ -108,6 +108,7 @@ class _Calibration:
         self.context, self.recipe, self.lanes, self.graph = context, recipe, lanes, graph.copy()
         session = Session(context.reference, optimize=False, pairs=context.options.pairs)
         pictures = session.pictures()
+        self.normalized = session.normalized
         self.frame, self.states = session.frame_input, {p.input: p.output for p in session.state_pairs}
         self.alpha, self.foreground = pictures[1], pictures.get(3)
         teacher = crop_graph(context.reference, self.frame)
@@ -183,7 +184,7 @@ class _Calibration:
         taught, stream.theirs = self._teach(frames, stream.theirs)
         held, state, total, last = self._held(), stream.ours, torch.zeros(()), None
         pairs = self._flows(frames) if self.flow is not None else None
-        for t, frame in enumerate(frames.to(self.device)):
+        for t, frame in enumerate(torch.from_numpy(self.normalized(frames.numpy())).to(self.device)):
             made = self.shadow.run({**held, self.frame: frame, **state}, self.outputs)
             state = {i: made[o] for i, o in self.states.items()}
             alpha = made[self.alpha]
@@ -242,8 +243,8 @@ class _Calibration:
                ) -> tuple[list[dict[str, Tensor]], dict[str, NDArray[Any]]]:
         """What the teacher gives in each frame, and the state that it ends in."""
         taught = []
-        for frame in frames:
-            made = dict(zip(self.outputs, self.teacher.run(self.outputs, {self.frame: frame.numpy(), **state}),
+        for frame in self.normalized(frames.numpy()):
+            made = dict(zip(self.outputs, self.teacher.run(self.outputs, {self.frame: frame, **state}),
                             strict=True))
             state = {i: made[o] for i, o in self.states.items()}
             taught.append({n: torch.from_numpy(v).to(self.device) for n, v in made.items()})

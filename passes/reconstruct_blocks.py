@@ -93,6 +93,7 @@ class _Reconstruction:
         assert context.reference is not None
         self.graph, self.context, self.lanes, self.folder = graph, context, lanes, folder
         session = Session(context.reference, optimize=False, pairs=context.options.pairs)
+        self.normalized = session.normalized
         self.frame, self.states = session.frame_input, {p.input: p.output for p in session.state_pairs}
         exact = crop_graph(context.reference, self.frame)
         self.device = context.options.device
@@ -151,7 +152,7 @@ class _Reconstruction:
         state = {v.name: torch.zeros(v.shape, device=self.device) for v in self.exact.graph.inputs
                  if v.name in self.states}
         first = max(0, len(frames) - effort.frames)
-        for t, frame in enumerate(frames.to(self.device)):
+        for t, frame in enumerate(torch.from_numpy(self.normalized(frames.numpy())).to(self.device)):
             if t >= first:
                 kept[self.frame].append(frame)
                 for name, value in state.items():

@@ -161,7 +161,7 @@ def test_moments_add_up():
     whole = Moments.of(x, y)
     parts = Moments.of(x[:, :, :30], y[:, :, :30]) + Moments.of(x[:, :, 30:], y[:, :, 30:])
     assert whole.count == parts.count == 100
-    for name in ("ours", "theirs", "square", "off"):
+    for name in ("ours", "off", "square", "cross"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
 
 

@@ -156,6 +156,6 @@ def test_options_describe_themselves_in_json() -> None:
     assert json.loads(json.dumps(options.describe())) == {
         "bits": "W4A8", "recipe": "plain", "effort": "standard", "target": "cpu", "container": "int8",
         "size": [288, 512], "downsample_ratio": 0.25, "keep": {"first": 8}, "pairs": {"r1i": "r1o"}, "seed": 3,
-        "device": "cpu", "state": "float32", "budget": None}
+        "device": "cpu", "state": "float32", "budget": None, "normalization": None}
     assert all(Options(container=c).container == c for c in TARGETS["cpu"].containers)
     assert json.dumps(Options().describe())

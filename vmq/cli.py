@@ -93,7 +93,7 @@ def _compile(args: argparse.Namespace) -> None:
             args.model, bits=args.bits, budget=args.budget, recipe=args.recipe, calib=args.calib, size=args.size,
             downsample_ratio=args.downsample_ratio, effort=args.effort, target=args.target, container=args.container,
             keep=dict(args.keep), pairs=dict(args.pair), output=output, dump=args.dump, seed=args.seed,
-            resume=args.resume, device=args.device, state=args.state,
+            resume=args.resume, device=args.device, state=args.state, mean=args.mean, std=args.std,
             command=shlex.join(["vmq", *args.words]), observers=[shown], progress=shown.tell)
     if args.json or not args.quiet:
         _print(args, result.to_json(), result.lines())
@@ -133,10 +133,11 @@ def _inspect(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace) -> None:
     from vmq.matting import matte, open_source
     from vmq.runtime import Session
+    from vmq.spec import parse_normalization
 
     if args.output.exists() and Path(args.clip).exists() and args.output.samefile(args.clip):
         raise OptionError(f"-o {args.output} is the clip that goes in; name another file")
-    session = Session(args.model, threads=args.threads)
+    session = Session(args.model, threads=args.threads, normalization=parse_normalization(args.mean, args.std))
     if args.downsample_ratio is not None and not session.takes_ratio:
         raise OptionError(f"{args.model} has no input for a downsample ratio; leave --downsample-ratio out")
     clip = open_source(args.clip)
@@ -157,10 +158,12 @@ def _run(args: argparse.Namespace) -> None:
 def _eval(args: argparse.Namespace) -> None:
     from vmq.clips import open_clips
     from vmq.evaluate import evaluate, to_json, to_lines
+    from vmq.spec import parse_normalization
 
     with Progress(quiet=args.quiet) as progress:
         results = evaluate(args.models, open_clips([args.dataset]), reference=args.reference, threads=args.threads,
-                           downsample_ratio=args.downsample_ratio, report=progress)
+                           downsample_ratio=args.downsample_ratio,
+                           normalization=parse_normalization(args.mean, args.std), report=progress)
     _print(args, to_json(results), to_lines(results, args.reference))
 
 
@@ -260,6 +263,7 @@ def _parser() -> argparse.ArgumentParser:
              "synthetic clips, which are less like your footage than your footage)")
     add("--size", metavar="WxH", help="frame size to compile for (default: the model's own, or 512x288)")
     _ratio(compile_)
+    _normalization(compile_)
     add("--effort", default="standard", metavar="fast|standard|thorough",
         help="how long it may take: minutes, tens of minutes (default), days")
     add("--target", default="cpu", metavar="cpu|cpu-avx2|qnn|openvino",
@@ -310,6 +314,7 @@ def _parser() -> argparse.ArgumentParser:
                       help="put the person over this: green (default), blue, red, black, gray, white, '#rrggbb', or a "
                            "picture or video, which fills the frame")
     _ratio(run)
+    _normalization(run)
     _threads(run)
     _quiet(run)
 
@@ -321,6 +326,7 @@ def _parser() -> argparse.ArgumentParser:
                                            "distance to the reference is measured")
     add("--reference", metavar="FP32.onnx", help="measure also how far the mattes are from those of this model")
     _ratio(eval_)
+    _normalization(eval_)
     _threads(eval_)
     _quiet(eval_)
     _json(eval_)
@@ -352,6 +358,20 @@ def _threads(parser: argparse.ArgumentParser) -> None:
 def _ratio(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--downsample-ratio", type=float, metavar="R",
                         help="for models that take one (default: what brings the longer side down to 512 pixels)")
+
+
+def _normalization(parser: argparse.ArgumentParser) -> None:
+    for name, default in (("mean", 0), ("std", 1)):
+        parser.add_argument(f"--{name}", type=_numbers, metavar="N[,N,N]",
+                            help=f"for models that take (RGB in 0..1 - mean) / std (default: what the file's metadata "
+                                 f"say, or {default})")
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, or three with commas") from None
 
 
 def _pair(text: str) -> tuple[str, str]:

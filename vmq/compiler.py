@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +27,8 @@ from vmq.lanes import check_device
 from vmq.lock import locked
 from vmq.pipeline import Context, Observer, Pass, PassResult, run_passes
 from vmq.report import chosen_lines
-from vmq.runtime import Session
-from vmq.spec import EFFORTS, Effort, Options, Recipe, parse_bits
+from vmq.runtime import NORMALIZATION_KEY, Session
+from vmq.spec import EFFORTS, Effort, Options, Recipe, parse_bits, parse_normalization
 from vmq.synthetic import synthetic_clips
 from vmq.targets import TARGETS
 
@@ -117,7 +118,8 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
     effort: str | Effort = "standard", target: str = "cpu", container: str = "",
     keep: Mapping[str, int] | None = None, pairs: Mapping[str, str] | None = None, seed: int = 0,
     output: str | os.PathLike[str] | None = None, dump: str | os.PathLike[str] | None = None,
-    resume: bool = False, device: str = "cpu", state: str = "float32", command: str = "",
+    resume: bool = False, device: str = "cpu", state: str = "float32", mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None, command: str = "",
     observers: Sequence[Observer] = (),
     progress: Callable[[str, float], None] = lambda _what, _share: None,
 ) -> Result:
@@ -144,6 +146,8 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
         resume: continue what an earlier run with the same `output` and arguments left unfinished.
         device: where learning computes, cpu or cuda; the result is checked on the CPU in any case.
         state: what recurrent states are between frames: float32, as in the model that goes in, or uint8.
+        mean, std: what the model takes instead of RGB in 0..1 is (frame - mean) / std, one number or three; noted in
+            the file's metadata. Default: what the model's own metadata say, or RGB in 0..1.
         command: noted in the dump as the way to repeat it.
         observers: watch the passes.
         progress: called with (what is being done, share done).
@@ -156,11 +160,13 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
     options = Options(bits=widths, budget=within, recipe=Recipe.load(recipe), effort=effort,
                       target=_named(TARGETS, "--target", target), container=container, size=parse_size(size),
                       downsample_ratio=downsample_ratio, keep=dict(keep or {}), pairs=dict(pairs or {}), seed=seed,
-                      device=device, state=state)
+                      device=device, state=state, normalization=parse_normalization(mean, std))
     check_device(device)
     if isinstance(calib, (str, os.PathLike)):
         calib = [calib]
     graph = model.copy() if isinstance(model, Graph) else Graph.load(model)
+    if options.normalization is not None:
+        graph.metadata[NORMALIZATION_KEY] = json.dumps(options.normalization.to_json())
     writes = processes.rank() == 0
     if output is not None and writes:
         _check_output(Path(output), model)

@@ -21,6 +21,7 @@ from vmq.matting import set_ratio, to_uint8
 from vmq.metrics import Scores, dtssd, mad, mean_scores, mse, score_clip
 from vmq.progress import Report, silent
 from vmq.runtime import Session
+from vmq.spec import Normalization
 
 FOOTER = (
     "SAD, Grad, Conn in thousands; MAD, MSE x 1e3; dtSSD x 1e2, the first frame of each clip counted as 0 as in the\n"
@@ -48,7 +49,8 @@ class ModelScores:
 
 
 def evaluate(models: Sequence[str], clips: Sequence[Clip], *, reference: str | None = None, threads: int = 0,
-             downsample_ratio: float | None = None, report: Report = silent) -> dict[str, ModelScores]:
+             downsample_ratio: float | None = None, normalization: Normalization | None = None,
+             report: Report = silent) -> dict[str, ModelScores]:
     """Score models on clips, by the models' paths.
 
     Args:
@@ -57,6 +59,7 @@ def evaluate(models: Sequence[str], clips: Sequence[Clip], *, reference: str | N
         reference: the model that fidelity is measured against, usually the FP32 one.
         threads: of each session; 0 leaves the choice to ONNX Runtime.
         downsample_ratio: for models that take one; default: as `set_ratio` finds for each clip.
+        normalization: what models take whose metadata do not say; default: RGB in 0..1.
         report: told after each frame of each model.
 
     Raises:
@@ -67,8 +70,8 @@ def evaluate(models: Sequence[str], clips: Sequence[Clip], *, reference: str | N
     if reference is None and not any(clip.has_alpha for clip in clips):
         raise OptionError(f"{clips[0].name} has no alpha to score against: give a set with com/ and pha/, "
                           "or --reference FP32.onnx for the distance to that model")
-    sessions = {path: Session(path, threads=threads) for path in dict.fromkeys(models)}
-    teacher = None if reference is None else Session(reference, threads=threads)
+    sessions = {path: Session(path, threads=threads, normalization=normalization) for path in dict.fromkeys(models)}
+    teacher = None if reference is None else Session(reference, threads=threads, normalization=normalization)
     everyone = [*sessions.values()] + ([teacher] if teacher else [])
     if downsample_ratio is not None and not any(session.takes_ratio for session in everyone):
         raise OptionError("no model has an input for a downsample ratio; leave --downsample-ratio out")

@@ -92,31 +92,40 @@ def layer_of(node: Any, shape: Sequence[int]) -> Layer | None:
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over positions of a layer's input: float64, [G,K] and [G,K,K]; they add up.
+    """Means over positions of a layer's input, and sums of products less means: float64, [G,K] and [G,K,K].
+
+    Those of several parts of the data add up to those of all of it (Chan et al. 1979).
 
     Attributes:
         count: positions.
-        ours, theirs: sums of x' and of x.
-        square: sum of x' x'^T.
-        off: sum of (x - x') x'^T.
+        ours, off: means of x' and of x - x'.
+        square: sum of (x' - E x') (x' - E x')^T.
+        cross: sum of (x - x' - E(x - x')) (x' - E x')^T.
     """
 
     count: int
     ours: Tensor
-    theirs: Tensor
-    square: Tensor
     off: Tensor
+    square: Tensor
+    cross: Tensor
 
     @classmethod
     def of(cls, ours: Tensor, theirs: Tensor) -> Moments:
         """Those of columns [G,K,positions] of the quantized and the float network."""
-        ours, theirs = ours.double(), theirs.double()           # what is left without the mean may be small
-        turned = ours.transpose(1, 2)
-        return cls(ours.shape[2], ours.sum(2), theirs.sum(2), ours @ turned, (theirs - ours) @ turned)
+        off = theirs - ours
+        mean, mean_off = (x.mean(2, dtype=torch.float64) for x in (ours, off))
+        ours, off = (x - m[:, :, None].to(x.dtype) for x, m in ((ours, mean), (off, mean_off)))
+        turned = ours.transpose(1, 2)       # without its mean it is small, and float32 is enough
+        return cls(ours.shape[2], mean, mean_off, (ours @ turned).double(), (off @ turned).double())
 
     def __add__(self, other: Moments) -> Moments:
-        return Moments(self.count + other.count, self.ours + other.ours, self.theirs + other.theirs,
-                       self.square + other.square, self.off + other.off)
+        count = self.count + other.count
+        apart, apart_off = other.ours - self.ours, other.off - self.off
+        share, weight = other.count / count, self.count * other.count / count
+        row = apart[:, None, :] * weight
+        return Moments(count, self.ours + share * apart, self.off + share * apart_off,
+                       self.square + other.square + apart[:, :, None] * row,
+                       self.cross + other.cross + apart_off[:, :, None] * row)
 
 
 def round_columns(weight: Tensor, scale: Tensor, limits: tuple[int, int], moments: Moments, *, biased: bool,
@@ -133,21 +142,21 @@ def round_columns(weight: Tensor, scale: Tensor, limits: tuple[int, int], moment
         W* and Q, [G,O,K] float64, and b' - b, [G,O], 0 unless biased.
     """
     weight, scale, count = weight.double(), scale.double(), moments.count
-    ours, theirs = moments.ours / count, moments.theirs / count
-    hessian, off = moments.square / count, moments.off / count
-    if biased:
-        hessian = hessian - ours[:, :, None] * ours[:, None, :]
-        off = off - (theirs - ours)[:, :, None] * ours[:, None, :]
-    inputs, power = hessian.shape[1], moments.square.diagonal(dim1=1, dim2=2).mean(1) / count
+    hessian, cross = moments.square / count, moments.cross / count
+    power = (hessian.diagonal(dim1=1, dim2=2) + moments.ours.square()).mean(1)
+    if not biased:
+        hessian = hessian + moments.ours[:, :, None] * moments.ours[:, None, :]
+        cross = cross + moments.off[:, :, None] * moments.ours[:, None, :]
+    inputs = hessian.shape[1]
     mean = hessian.diagonal(dim1=1, dim2=2).mean(1)
     damping = (DAMPING + FEW * inputs / count) * mean + EXACT * power.max().clamp(min=EXACT)
     unit = torch.eye(inputs, dtype=hessian.dtype, device=hessian.device) * damping[:, None, None]
-    made_up = torch.linalg.solve(hessian + 5.0 * unit, (weight @ off).transpose(1, 2)).transpose(1, 2)
+    made_up = torch.linalg.solve(hessian + 5.0 * unit, (weight @ cross).transpose(1, 2)).transpose(1, 2)
     wanted = weight + SHARE * made_up
     steps = _columns_in_turn(wanted / scale, hessian + unit, limits)
     gain = torch.zeros_like(weight[:, :, 0])
     if biased:
-        gain = (weight @ theirs[:, :, None] - (steps * scale) @ ours[:, :, None])[:, :, 0]
+        gain = (weight @ (moments.ours + moments.off)[:, :, None] - (steps * scale) @ moments.ours[:, :, None])[:, :, 0]
     return wanted, steps, gain
 
 

@@ -26,7 +26,7 @@ from vmq.clips import to_float
 from vmq.errors import MediaError, ModelError, OptionError
 from vmq.graph import Graph
 from vmq.quant import quantize
-from vmq.spec import QuantSpec
+from vmq.spec import Normalization, QuantSpec
 from vmq.states import StatePair, pair_states
 
 STATES_KEY = "vmq.states"
@@ -34,6 +34,9 @@ STATES_KEY = "vmq.states"
 
 GRIDS_KEY = "vmq.quantized_states"
 """Metadata key for states that are uint8, as JSON {input: {"scale": s, "zero_point": z}}; the first state is all z."""
+
+NORMALIZATION_KEY = "vmq.normalization"
+"""Metadata key of models that take (frame - mean) / std, as JSON {"mean": [m], "std": [s]}, one number or three."""
 
 RATIO_PIXELS = 512
 """A model with a downsample ratio works on frames whose longer side has this many pixels, if not told otherwise."""
@@ -62,6 +65,7 @@ class Session:
         extra: names of further values to hand out as outputs.
         pairs: state pairs by hand; default: the model's metadata, or else its topology.
         device: see `create_session`.
+        normalization: what the model takes, where its metadata do not say; default: RGB in 0..1.
 
     Raises:
         ModelError: the model cannot be read or run, or has no input that takes a frame.
@@ -69,7 +73,8 @@ class Session:
 
     def __init__(self, model: str | os.PathLike[str] | bytes | Graph, *, threads: int = 0, optimize: bool = True,
                  downsample_ratio: float = 1.0, extra: Sequence[str] = (),
-                 pairs: Mapping[str, str] | None = None, device: str = "cpu") -> None:
+                 pairs: Mapping[str, str] | None = None, device: str = "cpu",
+                 normalization: Normalization | None = None) -> None:
         self.label = "model" if isinstance(model, (bytes, Graph)) else str(model)
         graph = model if isinstance(model, Graph) else Graph.load(model)
         self.state_pairs = pairs_of(graph, pairs)
@@ -77,6 +82,7 @@ class Session:
                                        device=device)
         self._states = {p.input: p.output for p in self.state_pairs}
         self._grids = state_grids(graph)
+        self.normalization = normalization_of(graph) or normalization
         self._types = {i.name: _TYPES.get(i.type) for i in self._session.get_inputs()}
         self._shapes = {i.name: [d if isinstance(d, int) else None for d in i.shape]
                         for i in self._session.get_inputs()}
@@ -149,8 +155,13 @@ class Session:
         """What the next step feeds: the frame (uint8 [3,H,W], or float32 [1,3,H,W] in 0..1), states, constants."""
         if frame.dtype == np.uint8:
             frame = to_float(frame)[None]
+        frame = self.normalized(frame)
         return {self.frame_input: frame.astype(self._types[self.frame_input] or np.float32, copy=False),
                 **self.state, **self._constants}
+
+    def normalized(self, frames: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Frames [...,3,H,W] in 0..1 as the model takes them."""
+        return frames if self.normalization is None else self.normalization(frames)
 
     def feed(self, frame: NDArray[np.float32]) -> dict[str, Array]:
         """As `step`, with a frame of float32 [1,3,H,W] in 0..1."""
@@ -287,6 +298,19 @@ def state_grids(graph: Graph) -> dict[str, tuple[float, int]]:
     except (ValueError, TypeError, KeyError) as error:
         raise ModelError(f"the model's metadata {GRIDS_KEY} is damaged: {error}") from error
     return grids
+
+
+def normalization_of(graph: Graph) -> Normalization | None:
+    """What a model takes instead of RGB in 0..1, by its metadata; None where they do not say.
+
+    Raises:
+        ModelError: what they say is damaged.
+    """
+    said = graph.metadata.get(NORMALIZATION_KEY)
+    try:
+        return None if said is None else Normalization(**{k: tuple(map(float, v)) for k, v in json.loads(said).items()})
+    except (ValueError, TypeError, AttributeError, OptionError) as error:
+        raise ModelError(f"the model's metadata {NORMALIZATION_KEY} is damaged: {error}") from error
 
 
 def create_session(graph: Graph, *, threads: int = 0, optimize: bool = True, extra: Sequence[str] = (),

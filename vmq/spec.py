@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -13,6 +13,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 
 from vmq.errors import OptionError
 from vmq.targets import TARGETS, Target
@@ -193,6 +194,45 @@ class Chosen:
     def to_json(self) -> dict[str, Any]:
         """Widths and sensitivity in plain JSON types."""
         return {"bits": str(self.bits), "sensitivity": dict(self.sensitivity)}
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """What a model takes instead of RGB in 0..1: (frame - mean) / std, as torchvision's Normalize.
+
+    Attributes:
+        mean, std: of red, green and blue; one number stands for all three.
+    """
+
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        for name, numbers in (("mean", self.mean), ("std", self.std)):
+            if len(numbers) not in (1, 3) or not np.isfinite(numbers).all() or (name == "std" and min(numbers) <= 0.0):
+                raise OptionError(f"--{name} {','.join(f'{n:g}' for n in numbers)}: give one number or three"
+                                  f"{', above 0' if name == 'std' else ''}")
+
+    def __call__(self, frames: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Frames [...,3,H,W] in 0..1 as the model takes them."""
+        mean, std = (np.asarray(numbers, np.float32)[:, None, None] for numbers in (self.mean, self.std))
+        result: NDArray[np.float32] = (frames - mean) / std
+        return result
+
+    def to_json(self) -> dict[str, Any]:
+        """Mean and standard deviation in plain JSON types."""
+        return {"mean": list(self.mean), "std": list(self.std)}
+
+
+def parse_normalization(mean: Sequence[float] | None, std: Sequence[float] | None) -> Normalization | None:
+    """What `--mean` and `--std` say together; None where neither is given.
+
+    Raises:
+        OptionError: neither one number nor three, or a std of 0 or less.
+    """
+    if mean is None and std is None:
+        return None
+    return Normalization((0.0,) if mean is None else tuple(mean), (1.0,) if std is None else tuple(std))
 
 
 LEARNABLE = ("weight", "rounding", "weight_scale", "scale", "zero", "bias", "affine")
@@ -430,6 +470,7 @@ class Options:
         pairs: state inputs and outputs paired by hand, where topology alone is ambiguous.
         device: where learning computes, one of `DEVICES`.
         state: the type that recurrent states have between frames, one of `STATES`.
+        normalization: what the model takes instead of RGB in 0..1; None: what its metadata say, or RGB in 0..1.
     """
 
     bits: Bits = field(default_factory=lambda: Bits(8, 8))
@@ -445,6 +486,7 @@ class Options:
     device: str = "cpu"
     state: str = "float32"
     budget: Budget | None = None
+    normalization: Normalization | None = None
 
     def __post_init__(self) -> None:
         if self.state not in STATES:
@@ -475,4 +517,5 @@ class Options:
             "downsample_ratio": self.downsample_ratio, "keep": dict(self.keep), "pairs": dict(self.pairs),
             "seed": self.seed, "device": self.device, "state": self.state,
             "budget": self.budget.text if self.budget else None,
+            "normalization": self.normalization.to_json() if self.normalization else None,
         }

@@ -11,7 +11,7 @@ import { readMetadata } from "./metadata.mjs";
 ort.env.wasm.wasmPaths = new URL("./ort/", import.meta.url).href;
 ort.env.logLevel = "error";
 
-let session, pairs, grids, frame, alpha, foreground, feeds;
+let session, pairs, grids, mean, std, frame, alpha, foreground, feeds;
 
 onmessage = async ({ data }) => {
     try {
@@ -35,6 +35,7 @@ async function load(bytes, threads) {
     const created = await ort.InferenceSession.create(bytes, { graphOptimizationLevel: "all" });
     pairs = JSON.parse(metadata["vmq.states"]);
     grids = JSON.parse(metadata["vmq.quantized_states"] ?? "{}");
+    ({ mean, std } = JSON.parse(metadata["vmq.normalization"] ?? '{"mean":[0],"std":[1]}'));
     const sources = Object.values(pairs), is = (shape, like) => shape.join() === like.join();
     frame = created.inputMetadata.find(i => !(i.name in pairs) && i.shape.length === 4 && i.shape[1] === 3);
     if (!frame) throw new Error("the model has no input that takes a picture, [1,3,H,W]");
@@ -68,14 +69,16 @@ async function matte(rgba) {
     const area = frame.shape[2] * frame.shape[3], planes = new Float32Array(3 * area);
     if (rgba.length !== 4 * area) throw new Error(`the model takes ${frame.shape[3]}x${frame.shape[2]} pixels`);
     for (let pixel = 0; pixel < area; pixel++) {
-        for (let c = 0; c < 3; c++) planes[c * area + pixel] = rgba[4 * pixel + c] / 255;
+        for (let c = 0; c < 3; c++) {
+            planes[c * area + pixel] = (rgba[4 * pixel + c] / 255 - mean[c % mean.length]) / std[c % std.length];
+        }
     }
     feeds[frame.name] = new ort.Tensor("float32", planes, frame.shape);
     const outputs = await session.run(feeds);
     for (const [state, source] of Object.entries(pairs)) feeds[state] = outputs[source];
-    const opacity = outputs[alpha].data, colours = foreground ? outputs[foreground].data : planes;
+    const opacity = outputs[alpha].data, colours = outputs[foreground]?.data;
     for (let pixel = 0; pixel < area; pixel++) {
-        for (let c = 0; c < 3; c++) rgba[4 * pixel + c] = Math.floor(colours[c * area + pixel] * 255 + 0.5);
+        for (let c = 0; colours && c < 3; c++) rgba[4 * pixel + c] = Math.floor(colours[c * area + pixel] * 255 + 0.5);
         rgba[4 * pixel + 3] = Math.floor(opacity[pixel] * 255 + 0.5);
     }
     return rgba;

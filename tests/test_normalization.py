@@ -1,0 +1,114 @@
+"""Models that take (frame - mean) / std instead of RGB in 0..1: ONNX Runtime on frames normalised by hand is the judge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from compiling import clips, network
+
+import vmq
+from vmq.clips import to_float
+from vmq.cli import main
+from vmq.errors import ModelError, OptionError
+from vmq.graph import Graph
+from vmq.runtime import NORMALIZATION_KEY, Session
+from vmq.spec import EFFORTS, Normalization
+
+MEAN, STD = (0.5, 0.4, 0.45), (0.25, 0.2, 0.3)
+OPTIONS: dict[str, Any] = {"effort": "fast", "size": (48, 32)}
+
+
+@pytest.fixture(scope="module")
+def footage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import cv2
+
+    folder = tmp_path_factory.mktemp("footage")
+    for clip in clips():
+        for number, frame in enumerate(clip.frames()):
+            path = folder / clip.name.replace("/", "_") / "com" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(path), frame[::-1].transpose(1, 2, 0))
+    return folder
+
+
+def by_hand(graph: Graph) -> list[np.ndarray[Any, Any]]:
+    """Alpha of a clip's frames that are normalised here."""
+    session, mean, std = Session(graph, optimize=False), np.float32(MEAN), np.float32(STD)
+    session.normalization = None
+    return [session.alpha_of(session.feed((to_float(f)[None] - mean[:, None, None]) / std[:, None, None]))
+            for f in clips()[0].frames()]
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_session_feeds_what_the_model_takes(said: bool) -> None:
+    graph = network()
+    if said:
+        graph.metadata[NORMALIZATION_KEY] = json.dumps({"mean": MEAN, "std": STD})
+    session = Session(graph, optimize=False, normalization=Normalization((9.0,)) if said else Normalization(MEAN, STD))
+    for ours, want in zip(session.alphas(clips()[0].frames()), by_hand(graph), strict=True):
+        np.testing.assert_allclose(ours, want, atol=1e-6)
+
+
+def test_one_number_stands_for_three() -> None:
+    frames = np.random.default_rng(0).random((2, 3, 4, 5), np.float32)
+    np.testing.assert_array_equal(Normalization((0.5,), (0.5,))(frames), Normalization((0.5,) * 3, (0.5,) * 3)(frames))
+    np.testing.assert_allclose(Normalization((0.5,), (0.5,))(frames), 2.0 * frames - 1.0, atol=1e-7)
+
+
+@pytest.mark.parametrize("recipe", ["mse", "vmq", "ptq4vm"])
+def test_compiled_for_what_it_takes(recipe: str, footage: Path) -> None:
+    effort = EFFORTS["fast"]
+    shown = vmq.compile(network(), bits=8, recipe=recipe, calib=footage, mean=MEAN, std=STD, effort=effort)
+    blind = vmq.compile(network(), bits=8, recipe=recipe, calib=footage, effort=effort)
+    assert json.loads(shown.graph.metadata[NORMALIZATION_KEY]) == {"mean": list(MEAN), "std": list(STD)}
+    assert NORMALIZATION_KEY not in blind.graph.metadata
+    want = by_hand(network())
+    errors = [float(np.mean([np.abs(a - b).mean() for a, b in zip(by_hand(made.graph), want, strict=True)]))
+              for made in (shown, blind)]
+    assert errors[0] < 0.02 < 8.0 * errors[0] < errors[1], errors
+    for block in shown.results["reconstruct_blocks"].report.get("blocks", []):
+        assert block["error_after"] < 0.02, block
+
+
+def test_commands(footage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain, made = tmp_path / "float.onnx", tmp_path / "int.onnx"
+    network().save(plain)
+    numbers = ["--mean", ",".join(map(str, MEAN)), "--std", ",".join(map(str, STD))]
+    assert main(["compile", str(plain), "--recipe", "mse", "--effort", "fast", "--calib", str(footage), *numbers,
+                 "-o", str(made), "-q"]) == 0
+    reports = []
+    for more in (numbers, []):      # the compiled file says itself what it takes, the float one does not
+        assert main(["eval", str(made), str(footage), "--reference", str(plain), "--json", "-q", *more]) == 0
+        reports.append(json.loads(capsys.readouterr().out)["models"][str(made)]["fidelity"]["MAD"])
+    assert reports[0] < 5.0 < 4.0 * reports[0] < reports[1]
+    folder = footage / clips()[0].name.replace("/", "_") / "com"
+    for model, more in ((plain, numbers), (made, [])):
+        assert main(["run", str(model), str(folder), "--alpha", "-o", str(tmp_path / model.stem), "-q", *more]) == 0
+
+
+@pytest.mark.parametrize("numbers", [["--mean", "0.5,0.5"], ["--std", "0"], ["--std", "1,1,-1"], ["--mean", "nan"],
+                                     ["--mean", "half"]])
+def test_bad_numbers(numbers: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) if numbers[1] == "half" else pytest.MonkeyPatch.context():
+        assert main(["compile", "model.onnx", *numbers, "-o", str(tmp_path / "out.onnx")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert numbers[1] in said
+    assert numbers[0] in said
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"mean": [1, 2]}', '{"std": [0]}', '{"scale": [1]}', '{"mean": "x"}'])
+def test_damaged_metadata(text: str) -> None:
+    graph = network()
+    graph.metadata[NORMALIZATION_KEY] = text
+    with pytest.raises(ModelError, match=r"metadata vmq\.normalization is damaged"):
+        Session(graph)
+
+
+def test_numbers_that_make_no_sense() -> None:
+    with pytest.raises(OptionError, match="give one number or three"):
+        vmq.compile(network(), mean=(0.1, 0.2))
