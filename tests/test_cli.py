@@ -183,7 +183,7 @@ def test_compile_inspect_run_and_eval(here: Path, capsys: pytest.CaptureFixture[
     assert [v.name for v in onnx.load(here / "net_w4a8.onnx").graph.output] == ["pha", "s"]
     assert (here / "dump" / "pipeline.json").is_file()
 
-    assert vmq("compile", "net.onnx", "--calib", "clip", "--json", "-o", "eight.onnx") == 0
+    assert vmq("compile", "net.onnx", "--recipe", "mse", "--calib", "clip", "--json", "-o", "eight.onnx") == 0
     report = json.loads(capsys.readouterr().out)
     assert report["path"] == "eight.onnx"
     assert report["synthetic"] is False
@@ -205,12 +205,12 @@ def test_compile_inspect_run_and_eval(here: Path, capsys: pytest.CaptureFixture[
 
 def test_compile_without_footage_says_so(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_conv(here / "net.onnx", "32, 48")
-    assert vmq("compile", "net.onnx") == 0
+    assert vmq("compile", "net.onnx", "--recipe", "mse") == 0
     out = capsys.readouterr().out
     assert "built-in synthetic clips" in out
     assert "--calib" in out
     assert (here / "net_w8a8.onnx").is_file()
-    assert vmq("compile", "net.onnx", "-q") == 0
+    assert vmq("compile", "net.onnx", "--recipe", "mse", "-q") == 0
     assert capsys.readouterr() == ("", "")
 
 

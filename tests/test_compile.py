@@ -84,7 +84,7 @@ def test_every_dump_is_valid_and_runs(footage: Path, tmp_path: Path):
 
 def test_inspect_shows_a_planted_fault_and_where_it_begins(footage: Path, tmp_path: Path):
     dump = tmp_path / "dump"
-    vmq.compile(network(), calib=[footage], dump=dump)
+    vmq.compile(network(), recipe="mse", calib=[footage], dump=dump)
     before = {t.name: t.sqnr_db for t in inspect_dump(dump).tensors}
     path, = dump.glob("*_lower.onnx")
     last = Graph.load(path)
@@ -161,7 +161,7 @@ def test_rvm_as_its_users_have_it(tmp_path: Path):
 
 def test_without_footage_the_built_in_clips_are_used_and_it_says_so(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys.modules["vmq.compiler"], "synthetic_clips", lambda size, **_: clips(1, 2, size))
-    result = vmq.compile(network())
+    result = vmq.compile(network(), recipe="mse")
     assert result.synthetic
     assert "your own footage (--calib) is better" in "\n".join(result.lines())
 
@@ -185,7 +185,7 @@ def test_feed_forward_is_fine(footage: Path):
         c = Conv <pads = [1,1,1,1]> (b, w1)
         pha = Sigmoid (c)
     }""")
-    assert "recurrent states: none found" in "\n".join(vmq.compile(graph, calib=[footage]).lines())
+    assert "recurrent states: none found" in "\n".join(vmq.compile(graph, recipe="mse", calib=[footage]).lines())
 
 
 class TestBadInput:
@@ -195,11 +195,11 @@ class TestBadInput:
         graph = network()
         graph.value("w4").values = np.full((8, 8, 1, 1), np.nan, np.float32)
         with pytest.raises(ModelError, match=r"weight 'w4'.*holds 64 values that are NaN or infinite"):
-            vmq.compile(graph, calib=[footage], output=tmp_path / "out.onnx")
+            vmq.compile(graph, recipe="mse", calib=[footage], output=tmp_path / "out.onnx")
         assert list(tmp_path.iterdir()) == []
 
     def test_quantized_already(self, footage: Path):
-        once = vmq.compile(network(), calib=[footage]).graph
+        once = vmq.compile(network(), recipe="mse", calib=[footage]).graph
         with pytest.raises(ModelError, match=r"quantized already: node .* is .*Linear; give the float model"):
             vmq.compile(once, calib=[footage])
 
@@ -215,7 +215,7 @@ class TestBadInput:
         with pytest.raises(ModelError, match="--pair") as caught:
             vmq.compile(graph, calib=[footage])
         assert "\n" not in str(caught.value)
-        result = vmq.compile(graph, calib=[footage], pairs={"r": "s"})
+        result = vmq.compile(graph, recipe="mse", calib=[footage], pairs={"r": "s"})
         assert "recurrent states: r -> s" in "\n".join(result.lines())
         assert Session(result.graph).state_pairs[0].output == "s"      # the file remembers
 
@@ -232,7 +232,7 @@ class TestBadInput:
             pha = Conv (c, w1)
         }""")
         graph.value("wscales").values = np.array([1, 1, 2, 2], np.float32)
-        assert vmq.compile(graph, calib=[footage], size="48x32").size_bytes > 0
+        assert vmq.compile(graph, recipe="mse", calib=[footage], size="48x32").size_bytes > 0
         with pytest.raises(ModelError, match=r"does not run at 49x33.*try a size divisible by 32") as caught:
             vmq.compile(graph, calib=[footage], size="49x33")
         assert "\n" not in str(caught.value)
@@ -251,7 +251,7 @@ class TestBadInput:
         assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
     def test_one_path_is_a_path(self, footage: Path):
-        assert vmq.compile(network(), calib=str(footage)).results["calibrate_ranges"].report["frames"] > 0
+        assert vmq.compile(network(), recipe="mse", calib=str(footage)).results["calibrate_ranges"].report["frames"] > 0
 
     def test_an_existing_file_survives_a_failed_compile(self, footage: Path, tmp_path: Path):
         out = tmp_path / "out.onnx"
@@ -273,7 +273,7 @@ class TestBadInput:
 
 
 def test_results_are_frozen(footage: Path):
-    result = vmq.compile(network(), calib=[footage])
+    result = vmq.compile(network(), recipe="mse", calib=[footage])
     with pytest.raises(dataclasses.FrozenInstanceError):
         result.path = None  # type: ignore[misc]
 
@@ -288,6 +288,6 @@ def test_the_function_is_not_shadowed_by_a_module():
 def test_footage_of_another_shape_is_squeezed_and_said(tmp_path: Path):
     for name, size in (("wide", (32, 96)), ("same", (64, 96))):
         save_pictures(tmp_path / name, clips(1, 2, size)[0].frames())
-    result = vmq.compile(network(), calib=[tmp_path / "wide", tmp_path / "same"])
+    result = vmq.compile(network(), recipe="mse", calib=[tmp_path / "wide", tmp_path / "same"])
     assert result.squeezed == ("wide",)
     assert "calibration frames of wide have another shape" in "\n".join(result.lines())

@@ -35,7 +35,8 @@ def dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     for clip in clips(2, 10):
         save_pictures(folder / "footage" / clip.name, clip.frames())
-    vmq.compile(network(), calib=[folder / "footage"], dump=folder / "dump", command="vmq compile <net>.onnx")
+    vmq.compile(network(), recipe="mse", calib=[folder / "footage"], dump=folder / "dump",
+                command="vmq compile <net>.onnx")
     return folder / "dump"
 
 
@@ -184,7 +185,7 @@ def test_rows_of_weights(seen: Inspection) -> None:
     weights = {t.name: t for t in seen.tensors if t.kind == "weight"}
     assert {"w0_aligned", "w1", "w2", "w3", "w4", "w6", "w7", "w8"} <= set(weights)
     for row in weights.values():
-        assert row.flips == 0.0                                  # nothing is learned at W8A8
+        assert row.flips == 0.0                                  # nothing is learned
         assert row.own_db is not None
         assert row.own_db > 30.0
 
@@ -244,11 +245,12 @@ def renamed() -> Graph:
 
 
 def test_a_renamed_model_with_other_bits(dump: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    vmq.compile(renamed(), bits="w4a8", recipe="mse", calib=[dump.parent / "footage"], dump=tmp_path / "b")
+    vmq.compile(renamed(), bits="w4a8", recipe="mse", effort="fast", calib=[dump.parent / "footage"],
+                dump=tmp_path / "b")
     page = tmp_path / "page.html"
     assert main(["inspect", str(dump), str(tmp_path / "b"), "--json", "-q", "--html", str(page)]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert {"bits": ["W8A8", "W4A8"], "recipe": ["vmq", "mse"]}.items() <= said["settings"].items()
+    assert {"bits": ["W8A8", "W4A8"], "effort": ["standard", "fast"]}.items() <= said["settings"].items()
     names = {c["name"] for c in said["worse"]}
     assert names & {"w1", "w2", "w3", "w4", "w6", "w7"}            # 4-bit weights, called as in the first
     assert said["alpha_MAD"][0] < said["alpha_MAD"][1]
