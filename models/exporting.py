@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -82,7 +83,13 @@ def _abridged(names: Sequence[str], most: int = 4) -> str:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that replaces it when the block ends well, and goes when it does not."""
+    """A temporary path beside `path` that replaces it when the block ends well, and goes when it does not.
+
+    Raises:
+        FileNotFoundError: there is no folder to write it in.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.parent} to write {path.name} in")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
@@ -100,7 +107,17 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser whose errors are one line, for a command that writes `--output`."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
+
+    def finish(self, output: Path, label: str, write: Callable[[], None]) -> int:
+        """Write the output and say so, or what went wrong; returns the exit code."""
+        try:
+            write()
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        print(f"{output}: {label}, {output.stat().st_size:,} bytes")
+        return 0

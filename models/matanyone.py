@@ -253,8 +253,6 @@ def export(step: Step, path: Path | str, *, size: tuple[int, int] = (288, 512), 
     import onnx
 
     path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"no folder {path.parent} to write {path.name} in")
     if any(n % STRIDE for n in size) or size[0] * size[1] < TOP * STRIDE**2:
         raise ValueError(f"{size[1]}x{size[0]}: MatAnyone takes multiples of {STRIDE}, at least 96x80 in all")
     if not 17 <= opset <= 20:
@@ -286,14 +284,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--seed", type=int, default=0, metavar="N", help="of random weights")
     add("-o", "--output", type=Path, required=True, metavar="FILE")
     options = parser.parse_args(arguments)
-    try:
+
+    def write() -> None:
         step = build(load_state(options.weights) if options.weights else None, seed=options.seed)
         export(step, options.output, size=options.size, opset=options.opset)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{options.output}: a frame of MatAnyone, {options.output.stat().st_size:,} bytes")
-    return 0
+
+    return parser.finish(options.output, "a frame of MatAnyone", write)
 
 
 if __name__ == "__main__":

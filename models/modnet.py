@@ -269,8 +269,6 @@ def export(
         OSError: the file cannot be written.
     """
     path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"no folder {path.parent} to write {path.name} in")
     if not 12 <= opset <= 20:
         raise ValueError(f"opset {opset} cannot be exported; use 12 to 20")
     if not dynamic and (min(size) < MULTIPLE or any(n % MULTIPLE for n in size)):
@@ -304,15 +302,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--seed", type=int, default=0, metavar="N", help="of random weights")
     add("-o", "--output", type=Path, required=True, metavar="FILE")
     options = parser.parse_args(arguments)
-    try:
+
+    def write() -> None:
         model = build(load_state(options.weights) if options.weights else None, seed=options.seed)
         export(model, options.output, size=options.size, dynamic=options.dynamic, keep_bn=options.keep_bn,
                opset=options.opset)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{options.output}: MODNet, {options.output.stat().st_size:,} bytes")
-    return 0
+
+    return parser.finish(options.output, "MODNet", write)
 
 
 if __name__ == "__main__":

@@ -507,8 +507,6 @@ def export(
         OSError: the file cannot be written.
     """
     path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"no folder {path.parent} to write {path.name} in")
     opset = opset or (12 if dynamic else 17)
     reduced = dynamic or downsample_ratio != 1
     if not 12 <= opset <= 20:
@@ -574,18 +572,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("-o", "--output", type=Path, required=True, metavar="FILE")
     options = parser.parse_args(arguments)
     refiner = options.refiner or ("deep" if options.dynamic else None)
-    try:
+
+    def write() -> None:
         state = load_state(options.weights) if options.weights else None
         model = build(options.variant, state, refiner=refiner, seed=options.seed)
         export(
             model, options.output, size=options.size, downsample_ratio=options.downsample_ratio,
             dynamic=options.dynamic, keep_bn=options.keep_bn, opset=options.opset,
         )  # fmt: skip
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{options.output}: RVM {options.variant}, {options.output.stat().st_size:,} bytes")
-    return 0
+
+    return parser.finish(options.output, f"RVM {options.variant}", write)
 
 
 if __name__ == "__main__":
