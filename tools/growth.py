@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
@@ -56,27 +57,37 @@ def effort_of(frames: int, steps: int) -> Effort:
 
 
 class _Watch(Observer):
-    """Seconds of every pass and, where asked for, a profile of one."""
+    """Seconds of every pass."""
 
-    def __init__(self, profiled: str = "") -> None:
+    def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.profiled, self.operators = profiled, dict[str, float]()
-        self._profile: Any = None
-
-    def before(self, step: Pass, graph: Graph) -> None:
-        """Start profiling in front of the pass that is asked for."""
-        if step.name == self.profiled:
-            config = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
-            self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
-                                                   experimental_config=config)
-            self._profile.__enter__()
 
     def after(self, index: int, step: Pass, graph: Graph, result: PassResult, seconds: float) -> None:
         """Note the time."""
         self.seconds[step.name] = seconds
-        if self._profile is not None and step.name == self.profiled:
-            self._profile.__exit__(None, None, None)
-            self.operators = {e.key: e.self_cpu_time_total / 1e6 for e in self._profile.key_averages()}
+
+
+class _Profile:
+    """Seconds of torch's operators in the last steps of every block, from the second on: the first one warms up.
+
+    A profile of all the rest as well would not fit into memory.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.done, self.seconds = steps, Counter[str](), Counter[str]()
+        self._running: Any = None
+
+    def step(self, block: str) -> None:
+        """A block has made a step."""
+        self.done[block] += 1
+        if self.done[block] == 1 and self.steps > 1:
+            config = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+            self._running = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                                   experimental_config=config)
+            self._running.__enter__()
+        elif self.done[block] == self.steps and self._running is not None:
+            self._running.__exit__(None, None, None)
+            self.seconds.update({e.key: e.self_cpu_time_total / 1e6 for e in self._running.key_averages()})
 
 
 def measure(model: str, job: dict[str, Any]) -> dict[str, Any]:
@@ -85,19 +96,19 @@ def measure(model: str, job: dict[str, Any]) -> dict[str, Any]:
     if job["scale"] != 1.0:
         graph = resized(graph, job["scale"])
     effort = effort_of(job["frames"], job["steps"])
-    watch, blocks, last = _Watch("reconstruct_blocks" if job["profile"] else ""), list[tuple[float, float]](), ""
+    watch, profile, blocks = _Watch(), _Profile(job["steps"]), dict[str, tuple[float, float]]()
 
     def progress(what: str, _share: float) -> None:
-        nonlocal last
-        if what.startswith("block") and "error" in what and what != last:
-            blocks.append((time.perf_counter() - started, _peak()))
-            last = what
+        if what.startswith("block") and "error" in what:
+            blocks.setdefault(what, (time.perf_counter() - started, _peak()))
+        elif what.startswith("block") and job["profile"]:
+            profile.step(what)
 
     started = time.perf_counter()
     vmq.compile(graph, bits=job["bits"], recipe=job["recipe"], effort=effort, calib=job["footage"], observers=[watch],
                 progress=progress)
-    return {"seconds": time.perf_counter() - started, "peak": _peak(), "passes": watch.seconds, "blocks": blocks,
-            "operators": watch.operators}
+    return {"seconds": time.perf_counter() - started, "peak": _peak(), "passes": watch.seconds,
+            "blocks": list(blocks.values()), "operators": profile.seconds}
 
 
 def _peak() -> float:
@@ -166,7 +177,7 @@ def tables(bench: _Bench, frames: Sequence[int], scales: Sequence[float], profil
         for name, seconds in sorted(made["passes"].items(), key=lambda item: -item[1]):
             if seconds >= 0.01 * whole:
                 yield f"| {name} | {seconds / whole:.1%} |"
-        yield "\n### Operators while blocks are learned (torch's profiler)\n\n| operators | share |\n|---|---|"
+        yield "\n### Operators in the steps of blocks (torch's profiler)\n\n| operators | share |\n|---|---|"
         yield from _kinds(made["operators"])
 
 
