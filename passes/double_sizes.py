@@ -77,8 +77,8 @@ def _double(graph: Graph, node: Any, axis: int) -> None:
                   np.uint8)
     place, length = axis - 1, sides[axis - 2]
     doubled = [*x.shape[:place], 2 * length, *x.shape[place + 1:]]
-    near, side = np.divmod(np.arange(2 * length), 2)
-    far = np.clip(near + 2 * side - 1, 0, length - 1)
+    near, side = np.divmod(np.arange(2 * length, dtype=np.int32), 2)
+    far = np.clip(near + 2 * side - 1, 0, length - 1).astype(np.int32)
     scale = np.asarray(read.inputs[1].values, np.float32)
     terms = []
     for taken, part in ((near, 0.75), (far, 0.25)):
