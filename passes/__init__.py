@@ -22,6 +22,7 @@ from passes.integer_forms import IntegerForms
 from passes.limit_weights import LimitWeights
 from passes.lower import Lower
 from passes.move_integers import MoveIntegers
+from passes.multiply_pixels import MultiplyPixels
 from passes.pack_columns import PackColumns
 from passes.quantize_biases import QuantizeBiases
 from passes.raise_opset import RaiseOpset
@@ -56,6 +57,7 @@ _QUANTIZE: tuple[Pass, ...] = (
     Lower(),
     MoveIntegers(),
     DoubleSizes(),
+    MultiplyPixels(),
     PackColumns(),
     ExposeStates(),
     SlimDown(),

@@ -3,8 +3,8 @@
     y[2i] = 3/4 x[i] + 1/4 x[i-1]        y[2i+1] = 3/4 x[i] + 1/4 x[i+1]        x repeated beyond its ends
 
 and the sum of two tensors that are read with 3/4 and 1/4 of their scale is an integer Add, many times faster than
-the runtime's Resize. It works on [N,H,W,C], as the convolutions around it do, so
-that rows and pixels are copied whole. Scales are short numbers: the sums are exact, and the same bits come out.
+the runtime's Resize. Each of the two is a Gather of x, on [N,H,W,C], as the convolutions around it have it, so that
+rows and pixels are copied whole. Scales are short numbers: the sums are exact, and the same bits come out.
 
 Where pictures in float are halved by AveragePool, a linear Resize by 1/2 computes the same in half the time.
 """
@@ -72,31 +72,23 @@ def _halves(node: Any) -> bool:
 
 def _double(graph: Graph, node: Any, axis: int) -> None:
     read, write = node.inputs[0].inputs[0], node.outputs[0].outputs[0]
-    _, channels, *sides = read.inputs[0].shape
-    count, place = read.inputs[0].shape[0], axis - 1
-    shape = [count, *sides, channels]
-    x = graph.add("Transpose", [read.inputs[0]], f"{node.name}_last", {"perm": LAST}, shape, np.uint8)
-    length = shape[place]
-
-    def cut(begin: int, end: int) -> Any:
-        places = [graph.constant("place", np.asarray([n], np.int64)) for n in (begin, end, place)]
-        part = [*shape[:place], end - begin, *shape[place + 1:]]
-        return graph.add("Slice", [x, *places], f"{node.name}_part", {}, part, np.uint8)
-
-    def between(neighbours: list[Any]) -> Any:
-        beside = graph.add("Concat", neighbours, f"{node.name}_beside", {"axis": place}, shape, np.uint8)
-        scale = np.asarray(read.inputs[1].values, np.float32)
-        terms = [graph.add("DequantizeLinear", [v, graph.constant("scale", scale * np.float32(part)), read.inputs[2]],
-                           f"{v.name}_dq", {}, shape) for v, part in ((x, 0.75), (beside, 0.25))]
-        total = graph.add("Add", terms, f"{node.name}_sum", {}, shape)
-        return graph.add("QuantizeLinear", [total, *write.inputs[1:]], f"{node.name}_q", {}, shape, np.uint8)
-
-    pair = [between([cut(0, 1), cut(0, length - 1)]), between([cut(1, length), cut(length - 1, length)])]
-    joined = [*shape[:place + 1], 2 * shape[place + 1], *shape[place + 2:]]
-    doubled = [*shape[:place], 2 * length, *shape[place + 1:]]
-    both = graph.add("Concat", pair, f"{node.name}_pair", {"axis": place + 1}, joined, np.uint8)
-    y = graph.add("Reshape", [both, graph.constant("shape", np.asarray(doubled, np.int64))], f"{node.name}_doubled", {},
-                  doubled, np.uint8)
+    count, channels, *sides = read.inputs[0].shape
+    x = graph.add("Transpose", [read.inputs[0]], f"{node.name}_last", {"perm": LAST}, [count, *sides, channels],
+                  np.uint8)
+    place, length = axis - 1, sides[axis - 2]
+    doubled = [*x.shape[:place], 2 * length, *x.shape[place + 1:]]
+    near, side = np.divmod(np.arange(2 * length, dtype=np.int32), 2)
+    far = np.clip(near + 2 * side - 1, 0, length - 1).astype(np.int32)
+    scale = np.asarray(read.inputs[1].values, np.float32)
+    terms = []
+    for taken, part in ((near, 0.75), (far, 0.25)):
+        integers = graph.add("Gather", [x, graph.constant("places", taken)], f"{node.name}_taken", {"axis": place},
+                             doubled, np.uint8)
+        terms.append(graph.add("DequantizeLinear", [
+            integers, graph.constant("scale", scale * np.float32(part)), read.inputs[2]], f"{integers.name}_dq", {},
+            doubled))
+    total = graph.add("Add", terms, f"{node.name}_sum", {}, doubled)
+    y = graph.add("QuantizeLinear", [total, *write.inputs[1:]], f"{node.name}_q", {}, doubled, np.uint8)
     written = write.outputs[0]
     if [r.op for r in written.outputs] == ["Clip"]:
         limits, written = written.outputs[0].inputs[1:], written.outputs[0].outputs[0]

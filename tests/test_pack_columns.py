@@ -1,4 +1,4 @@
-"""Two columns at a time: the integer kernels give the same bits, and fewer channels than 17 become twice as many."""
+"""Columns together: the integer kernels give the same bits; fewer channels than 17 become two or four times as many."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def layer(kernel: tuple[int, int] = (3, 3), *, strides: tuple[int, int] = (1, 1)
     return graph
 
 
-def check(graph: Graph, tmp_path: Path) -> None:
+def check(graph: Graph, tmp_path: Path, together: int = 4) -> None:
     """Packed, the integer kernels give the same bits."""
     before = graph.copy()
     conv = next(n for n in graph.nodes if n.op == "Conv")
     filters, width = conv.inputs[1].shape[0], conv.outputs[0].shape[3]
     assert apply(PackColumns(), graph).modified == 1
-    assert conv.inputs[1].shape[0] == 2 * filters
-    assert conv.outputs[0].shape[3] == width // 2
+    assert conv.inputs[1].shape[0] == together * filters
+    assert conv.outputs[0].shape[3] == width // together
     shape = graph.inputs[0].shape
     feeds = {"x": np.random.default_rng(1).uniform(-6, 8, shape).astype(np.float32)}
     (one,), theirs = run_optimized(before, feeds, tmp_path / "before.onnx")
@@ -81,6 +81,13 @@ def test_the_same_bits(kernel: tuple[int, int], strides: tuple[int, int], tmp_pa
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
 def test_even_and_odd_pads(pads: tuple[int, int, int, int], strides: tuple[int, int], tmp_path: Path) -> None:
     check(layer(pads=pads, strides=strides), tmp_path)
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+@pytest.mark.parametrize(("channels", "columns", "together"), [(16, 128, 4), (20, 128, 2), (36, 132, 2), (4, 130, 2)])
+def test_deep_ones_and_odd_halves_take_two(channels: int, columns: int, together: int, strides: tuple[int, int],
+                                           tmp_path: Path) -> None:
+    check(layer(channels=channels, columns=columns, strides=strides), tmp_path, together)
 
 
 @pytest.mark.parametrize("narrow", [False, True])
