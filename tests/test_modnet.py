@@ -108,7 +108,8 @@ def test_compiles_into_integers(small: modnet.MODNet, tmp_path: Path) -> None:
         assert "recurrent states: none found" in "\n".join(result.lines())
         done = optimized_ops(result.graph, tmp_path / f"{bits}.onnx")
         assert done["QLinearConv"] == 68
-        assert done.get("Conv", 0) + done.get("FusedConv", 0) == 1
+        assert done["QGemm"] == 1                            # the last layer, whose result stays float
+        assert not done.keys() & {"Conv", "FusedConv", "Gemm"}
         assert [n.op for n in result.graph.nodes if n.op == "Clip" and n.outputs[0].dtype == np.float32] == []
 
 
