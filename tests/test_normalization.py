@@ -18,7 +18,7 @@ from vmq.errors import ModelError, OptionError
 from vmq.graph import Graph
 from vmq.runtime import NORMALIZATION_KEY, Session
 from vmq.shadow import Shadow
-from vmq.spec import EFFORTS, Normalization
+from vmq.spec import EFFORTS, Normalization, parse_normalization
 
 MEAN, STD = (0.5, 0.4, 0.45), (0.25, 0.2, 0.3)
 
@@ -122,6 +122,12 @@ def test_damaged_metadata(text: str) -> None:
     graph.metadata[NORMALIZATION_KEY] = text
     with pytest.raises(ModelError, match=r"metadata vmq\.normalization is damaged"):
         Session(graph)
+
+
+def test_a_number_from_python() -> None:
+    assert parse_normalization(0.5, None) == Normalization((0.5,), (1.0,))
+    assert parse_normalization(None, (1, 2, 3)) == Normalization((0.0,), (1.0, 2.0, 3.0))
+    assert parse_normalization(None, None) is None
 
 
 def test_numbers_that_make_no_sense() -> None:

@@ -118,8 +118,8 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
     effort: str | Effort = "standard", target: str = "cpu", container: str = "",
     keep: Mapping[str, int] | None = None, pairs: Mapping[str, str] | None = None, seed: int = 0,
     output: str | os.PathLike[str] | None = None, dump: str | os.PathLike[str] | None = None,
-    resume: bool = False, device: str = "cpu", state: str = "float32", mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None, command: str = "",
+    resume: bool = False, device: str = "cpu", state: str = "float32", mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None, command: str = "",
     observers: Sequence[Observer] = (),
     progress: Callable[[str, float], None] = lambda _what, _share: None,
 ) -> Result:

@@ -224,7 +224,8 @@ class Normalization:
         return {"mean": list(self.mean), "std": list(self.std)}
 
 
-def parse_normalization(mean: Sequence[float] | None, std: Sequence[float] | None) -> Normalization | None:
+def parse_normalization(mean: float | Sequence[float] | None, std: float | Sequence[float] | None,
+                        ) -> Normalization | None:
     """What `--mean` and `--std` say together; None where neither is given.
 
     Raises:
@@ -232,7 +233,8 @@ def parse_normalization(mean: Sequence[float] | None, std: Sequence[float] | Non
     """
     if mean is None and std is None:
         return None
-    return Normalization((0.0,) if mean is None else tuple(mean), (1.0,) if std is None else tuple(std))
+    return Normalization(*(tuple(map(float, np.atleast_1d(default if given is None else given)))
+                           for given, default in ((mean, 0.0), (std, 1.0))))
 
 
 LEARNABLE = ("weight", "rounding", "weight_scale", "scale", "zero", "bias", "affine")
