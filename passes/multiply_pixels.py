@@ -6,8 +6,7 @@ transposed and made floats of before. A Gemm of quantized operands is an integer
     Y[n, o] = sum_c X[n, c] W[c, o] + b[o]        n goes over pixels, channels last, as convolutions leave them
 
 The runtime multiplies 16 columns at a time, so in wide pictures several pixels stand in a row, their weights on a
-diagonal of blocks.
-Sums of integers are exact; what was rounded in float is not any more.
+diagonal of blocks. Sums of integers are exact; what was rounded in float is not any more.
 """
 
 from __future__ import annotations

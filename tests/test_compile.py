@@ -22,6 +22,7 @@ from vmq.graph import Graph
 from vmq.pipeline import Observer
 from vmq.report import inspect_dump
 from vmq.runtime import Session
+from vmq.spec import EFFORTS
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,16 @@ def test_every_dump_is_valid_and_runs(footage: Path, tmp_path: Path):
     decibels = [t["sqnr_db"] for t in said["tensors"]]
     assert decibels == sorted(decibels)
     assert len(decibels) > 15
+
+
+@pytest.mark.parametrize("bits", ["8", "w4a8", "4"])
+def test_the_default_recipe_learns_at_every_width(bits: str, footage: Path):
+    effort = dataclasses.replace(EFFORTS["fast"], sequences=4, frames=2, block_iterations=8)
+    learned = vmq.compile(network(), bits=bits, calib=[footage], effort=effort).results["reconstruct_blocks"]
+    blocks = learned.report["blocks"]
+    before, after = (np.mean([block[key] for block in blocks]) for key in ("error_before", "error_after"))
+    assert learned.modified > 10
+    assert 0.0 < after < before
 
 
 def test_inspect_shows_a_planted_fault_and_where_it_begins(footage: Path, tmp_path: Path):
