@@ -15,6 +15,7 @@ from passes.expose_states import ExposeStates
 from passes.find_closures import FindClosures
 from passes.floor_pooling import FloorPooling
 from passes.fold_batchnorm import FoldBatchnorm
+from passes.fold_resizes import FoldResizes
 from passes.fold_shapes import FoldShapes
 from passes.fuse_hardswish import FuseHardswish
 from passes.insert_qdq import InsertQdq
@@ -41,6 +42,7 @@ _PREPARE: tuple[Pass, ...] = (
     FuseHardswish(),
     FoldBatchnorm(),
     AlignChannels(),
+    FoldResizes(),
     Equalize(),
     BalanceChannels(),
     FindClosures(),

@@ -163,7 +163,7 @@ class _Placement:
             return {self.bits[reader.name].activations} if any(reader.inputs[i] is value for i in operands) else set()
         if reader.name in self.float_nodes:
             return set()
-        if reader.op == "Concat" and self._carries(reader) and self._moves_to(self._joins(value), value):
+        if self._join_behind(reader) is reader and self._moves_to(self._joins(value), value):
             return {self._join_bits(reader)}
         if (self._carries(reader) and not (reader.op in FIRST_ONLY and reader.inputs[0] is not value)) \
                 or (reader.op in self.target.absorbed and reader.name in self.wide_nodes):
@@ -256,21 +256,29 @@ class _Placement:
         return bool(joins) and len(joins) == len(value.outputs) and not any(o is value for o in self.graph.outputs) \
             and len({self._join_bits(j) for j in joins}) == 1
 
-    def _join_bits(self, join: Any) -> int:
+    def _join_bits(self, reader: Any) -> int:
         """The width of what a Concat joins: that which all its readers want of it, or that of carriers."""
-        value = join.outputs[0]
+        value = self._join_behind(reader).outputs[0]
         wanted = [self._wanted_by(r, value) for r in value.outputs]
         narrow = all(wanted) and not any(o is value for o in self.graph.outputs)
         widths = set().union(*wanted) if narrow else set()
         return widths.pop() if len(widths) == 1 else CARRIER_BITS
 
     def _joins(self, value: Any) -> list[Any]:
-        """The Concats that read a value and move integers on one grid."""
-        return [r for r in value.outputs
-                if r.op == "Concat" and self.target.integer_layout and self._carries(r)]
+        """The readers of a value that are Concats, or lead to one, and move integers on one grid."""
+        return [r for r in value.outputs if self._join_behind(r) is not None]
 
-    def _shared(self, joins: list[Any]) -> tuple[Any, Any]:
+    def _join_behind(self, node: Any) -> Any:
+        """The Concat that a node is, or hands its one result to through movers alone; None if there is none."""
+        while node.op in self.target.movers and len(node.outputs) == 1 and len(node.outputs[0].outputs) == 1 \
+                and not any(o is node.outputs[0] for o in self.graph.outputs):
+            node = node.outputs[0].outputs[0]
+        joins = node.op == "Concat" and self.target.integer_layout and self._carries(node)
+        return node if joins else None
+
+    def _shared(self, readers: list[Any]) -> tuple[Any, Any]:
         """The scale and zero point that the operands of some Concats share with what they make."""
+        joins = [self._join_behind(r) for r in readers]
         shared = next((self.joined[j.name] for j in joins if j.name in self.joined), None) \
             or self._constants(self._join_bits(joins[0]))
         self.joined.update((j.name, shared) for j in joins)

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from vmq.graph import Constant, Graph
-from vmq.layers import doubles
+from vmq.layers import doubled_axes
 from vmq.pipeline import Context, Pass, PassResult
 
 STEPS = 256
@@ -119,19 +119,20 @@ def _moves_scale(node: Any) -> bool:
 def _resize(graph: Graph, node: Any) -> bool:
     """Columns, then rows, rounded between on the grid of what comes in."""
     x, y = node.inputs[0], node.outputs[0]
-    read = _read(x)
-    if read is None or not doubles(node):
+    read, axes = _read(x), doubled_axes(node)
+    if read is None or not axes:
         return False
-    shape = list(x.shape)
-    wide = [*shape[:3], 2 * shape[3]]
 
-    def factors(*values: float) -> list[Any]:
-        return [Constant("", np.zeros(0, np.float32)), graph.constant("factors", np.asarray(values, np.float32))]
+    def factors(axis: int) -> list[Any]:
+        values = np.ones(4, np.float32)
+        values[axis] = 2.0
+        return [Constant("", np.zeros(0, np.float32)), graph.constant("factors", values)]
 
     node.attrs.pop("coordinate_transformation_mode", None)      # half_pixel: where sides are doubled, they are the same
-    columns = graph.add("Resize", [x, *factors(1.0, 1.0, 1.0, 2.0)], f"{y.name}_columns", node.attrs, wide)
-    between = _dequantize(graph, _quantize(graph, columns, _scale(read), _zero(read)), _scale(read), _zero(read))
-    node.inputs = [between, *factors(1.0, 1.0, 2.0, 1.0)]
+    if axes == (2, 3):
+        columns = graph.add("Resize", [x, *factors(3)], f"{y.name}_columns", node.attrs, [*x.shape[:3], y.shape[3]])
+        x = _dequantize(graph, _quantize(graph, columns, _scale(read), _zero(read)), _scale(read), _zero(read))
+    node.inputs = [x, *factors(axes[0])]
     return True
 
 

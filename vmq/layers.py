@@ -105,7 +105,7 @@ def carries(node: Any, target: Target) -> bool:
 def _has_form(node: Any) -> bool:
     first, *others = node.inputs
     if node.op == "Resize":
-        return doubles(node)
+        return bool(doubled_axes(node))
     if node.op == "HardSigmoid":
         return bool(node.attrs.get("alpha", 0.2) > 0.0 and 0.0 <= node.attrs.get("beta", 0.5) <= 1.0)
     if node.op == "Sub":
@@ -114,15 +114,18 @@ def _has_form(node: Any) -> bool:
     return True
 
 
-def doubles(node: Any) -> bool:
-    """True for a Resize of pictures to twice their height and width, linear between pixels' centres."""
+def doubled_axes(node: Any) -> tuple[int, ...]:
+    """The axes, 2 for height and 3 for width, that a Resize of pictures makes twice as long, linear between pixels'
+    centres; none where it does anything else.
+    """
     x, y = node.inputs[0].shape, node.outputs[0].shape
-    if node.attrs.get("mode", "nearest") != "linear" or node.attrs.get("antialias", 0) \
+    if node.op != "Resize" or node.attrs.get("mode", "nearest") != "linear" or node.attrs.get("antialias", 0) \
             or node.attrs.get("coordinate_transformation_mode", "half_pixel") not in ("half_pixel",
-                                                                                      "pytorch_half_pixel"):
-        return False
-    return x is not None and y is not None and len(x) == 4 and all(isinstance(d, int) for d in (*x, *y)) \
-        and list(y) == [x[0], x[1], 2 * x[2], 2 * x[3]]
+                                                                                      "pytorch_half_pixel") \
+            or x is None or y is None or len(x) != 4 or not all(isinstance(d, int) for d in (*x, *y)):
+        return ()
+    axes = tuple(axis for axis in range(4) if x[axis] != y[axis])
+    return axes if all(axis >= 2 and y[axis] == 2 * x[axis] for axis in axes) else ()
 
 
 def float_source(value: Any) -> Any:
