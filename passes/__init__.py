@@ -42,10 +42,10 @@ _PREPARE: tuple[Pass, ...] = (
     FuseHardswish(),
     FoldBatchnorm(),
     AlignChannels(),
-    FoldResizes(),
     Equalize(),
     BalanceChannels(),
     FindClosures(),
+    FoldResizes(),
 )
 _QUANTIZE: tuple[Pass, ...] = (
     InsertQdq(),

@@ -25,7 +25,6 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from passes.fold_resizes import FIRST, LAST
 from vmq import processes
 from vmq.graph import Constant, Graph
 from vmq.pipeline import Context, Pass, PassResult
@@ -68,14 +67,15 @@ class BalanceChannels(Pass):
                 scale = np.sqrt(np.maximum(column, column.max() / SPREAD) / reach)
             scale = scale / scale.max()
             maker = value.inputs[0]
-            layers, alone = _layers_behind(value), len(value.outputs) == 1
-            if layers:
+            before = maker.inputs[0].inputs[0] if maker.op == "Relu" and maker.inputs[0].inputs else maker
+            alone = len(value.outputs) == 1
+            if alone and before.op == "Conv" and _constant_weights(before) and len(maker.inputs[0].outputs) == 1:
                 scale = scale / np.exp(np.log(scale).mean())
-                for layer in layers:
-                    times = np.tile(scale, layer.inputs[1].shape[0] // scale.size)
-                    for index, constant in enumerate(layer.inputs[1:], 1):
-                        values = np.asarray(constant.values) * times.reshape([-1] + [1] * (constant.values.ndim - 1))
-                        layer.inputs[index] = graph.constant(f"{constant.name}_balanced", values.astype(np.float32))
+                for index in (1, 2):
+                    if index < len(before.inputs):
+                        constant = before.inputs[index]
+                        values = np.asarray(constant.values) * scale.reshape([-1] + [1] * (constant.values.ndim - 1))
+                        before.inputs[index] = graph.constant(f"{constant.name}_balanced", values.astype(np.float32))
                 folded += 1
             else:
                 scale = np.maximum(np.rint(255.0 * scale), 1.0) / 255.0
@@ -97,48 +97,14 @@ class BalanceChannels(Pass):
 
 
 def _suits(node: Any) -> bool:
-    """An ordinary or depthwise convolution of something computed, with constant weights; not of what a Concat joins, or
-    a part of that.
-    """
+    """An ordinary or depthwise convolution of something computed that is no Concat, with constant weights."""
     if node.op != "Conv" or not isinstance(node.inputs[1], Constant):
         return False
-    value = whole = node.inputs[0]
-    while whole.inputs and whole.inputs[0].op == "Slice":
-        whole = whole.inputs[0].inputs[0]
-    if not value.inputs or (whole.inputs and whole.inputs[0].op == "Concat"):
+    value = node.inputs[0]
+    if not value.inputs or value.inputs[0].op == "Concat":
         return False
     channels = value.shape[1] if value.shape else None
     return isinstance(channels, int) and node.attrs.get("group", 1) in (1, channels) and channels > 1
-
-
-def _layers_behind(value: Any) -> list[Any]:
-    """The convolutions that alone make a value, perhaps behind a Relu each, with its channels once or several times;
-    none if anything else has a part in it.
-
-    Several times: side by side and moved into columns, as passes/fold_resizes.py has them.
-    """
-    todo, found = [value], list[Any]()
-    while todo:
-        value = todo.pop()
-        node = value.inputs[0] if value.inputs else None
-        if node is None or len(value.outputs) != 1:
-            return []
-        before = node.inputs[0].inputs[0] if node.inputs[0].inputs else None
-        if node.op == "Conv" and _constant_weights(node):
-            found.append(node)
-        elif node.op == "Relu":
-            todo.append(node.inputs[0])
-        elif node.op == "Concat" and node.attrs["axis"] > 1:
-            todo += node.inputs
-        elif node.op == "Transpose" and node.attrs["perm"] == FIRST and before is not None and before.op == "Reshape":
-            last = before.inputs[0].inputs[0] if before.inputs[0].inputs else None
-            if last is None or last.op != "Transpose" or last.attrs["perm"] != LAST \
-                    or last.inputs[0].shape[1] % value.shape[1] or last.inputs[0].shape[2] != value.shape[2]:
-                return []
-            todo.append(last.inputs[0])
-        else:
-            return []
-    return found
 
 
 def _constant_weights(node: Any) -> bool:

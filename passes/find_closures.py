@@ -27,8 +27,8 @@ topology decide; no name does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from vmq.graph import Graph
@@ -83,6 +83,20 @@ class Closures:
     def recurrent(self) -> tuple[tuple[str, ...], ...]:
         """The recurrent closures, each once. (States paired by hand may have no path, and so no closure.)"""
         return tuple(dict.fromkeys(s.nodes for s in self.states if s.nodes))
+
+    def with_new(self, graph: Graph, places: Mapping[str, str]) -> Closures:
+        """The same blocks and closures with new nodes in them.
+
+        Args:
+            graph: sorted, with the new nodes.
+            places: for each new node's name that of an old one; they come to stand in the same blocks and closures.
+        """
+        def grown(nodes: tuple[str, ...]) -> tuple[str, ...]:
+            inside = set(nodes) | {new for new, old in places.items() if old in nodes}
+            return tuple(n.name for n in graph.nodes if n.name in inside)
+
+        return Closures(tuple(replace(s, nodes=grown(s.nodes)) for s in self.states),
+                        tuple(replace(b, nodes=grown(b.nodes)) for b in self.blocks))
 
 
 class FindClosures(Pass):

@@ -43,15 +43,20 @@ class FoldResizes(Pass):
         target = context.options.target
         if not target.integer_layout or "Resize" not in target.forms:
             return PassResult()
-        folded = 0
+        folded, places = 0, dict[str, str]()
         for node in list(graph.nodes):
             parts = _resized_parts(graph, node)
             if parts is not None:
+                known = {n.name for n in graph.nodes}
+                name = node.name
                 _fold(graph, node, *parts)
+                places |= {n.name: name for n in graph.nodes if n.name not in known}
                 folded += 1
         if folded:
             graph.cleanup()
             graph.sort()
+            if (closures := context.found.get("find_closures")) is not None:
+                context.found["find_closures"] = closures.with_new(graph, places)
         return PassResult(modified=folded)
 
 

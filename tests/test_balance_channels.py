@@ -114,27 +114,3 @@ def test_shared_weights_stay() -> None:
     np.testing.assert_array_equal(graph.value("w0_aligned").values[:, :3], before)
     for ours, theirs in zip(outputs(graph), want, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
-
-
-def test_what_layers_side_by_side_make_is_scaled_in_all_of_them() -> None:
-    """A layer that passes/fold_resizes.py takes apart: the next one is balanced as before, without a Mul."""
-    graph = read("""(float[1,3,32,48] src, float[8,3,3,3] w0, float[8,11,3,3] w1, float[8] w1b, float[1,8,3,3] w2)
-                    => (float[1,1,32,48] pha) {
-        a = Conv <pads = [1,1,1,1], strides = [2,2]> (src, w0)
-        f = Constant <value_floats = [1.0, 1.0, 2.0, 2.0]> ()
-        b = Resize <mode = "linear"> (a, , f)
-        c = Concat <axis = 1> (b, src)
-        d = Conv <pads = [1,1,1,1]> (c, w1, w1b)
-        e = Relu (d)
-        pha = Conv <pads = [1,1,1,1]> (e, w2)
-    }""")
-    uneven(graph, "w1", 8.0)
-    want = outputs(graph)
-    context = run_to("equalize", graph, "4", recipe=BALANCED)
-    assert [n.op for n in graph.nodes].count("Relu") == 3
-    before = [v.values.copy() for n in graph.nodes if n.op == "Conv" for v in n.inputs[1:]]
-    assert rerun("balance_channels", graph, context).report == {"folded": 1, "gated": 0, "inserted": 0}
-    after = [v.values for n in graph.nodes if n.op == "Conv" for v in n.inputs[1:]]
-    assert sum(not np.array_equal(a, b) for a, b in zip(before, after, strict=True)) == 7       # 3 layers, and the next
-    for ours, theirs in zip(outputs(graph), want, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())

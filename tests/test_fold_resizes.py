@@ -24,13 +24,14 @@ from vmq.targets import TARGETS
 def network(channels: int = 5, filters: int = 4, others: tuple[int, ...] = (3,), sides: tuple[int, int] = (6, 8), *,
             kernel: tuple[int, int] = (3, 3), pads: tuple[int, int, int, int] = (1, 1, 1, 1), bias: bool = True,
             relu: bool = True, factors: tuple[float, float] = (2.0, 2.0), mode: str = "linear", extra: str = "",
-            more: str = "", outputs: str = "float[n,f,h,w] out") -> Graph:
+            more: str = "", weights: str = "", outputs: str = "float[n,f,h,w] out") -> Graph:
     """x, resized, joined to pictures and convolved."""
     tall, wide = (int(n * f) for n, f in zip(sides, factors, strict=True))
     pictures = "".join(f", float[1,{n},{tall},{wide}] p{k}" for k, n in enumerate(others))
     names = "".join(f", p{k}" for k in range(len(others)))
     graph = load(f"""(float[1,{channels},{sides[0]},{sides[1]}] x{pictures},
-                      float[{filters},{channels + sum(others)},{kernel[0]},{kernel[1]}] w_w, float[{filters}] w_b)
+                      float[{filters},{channels + sum(others)},{kernel[0]},{kernel[1]}] w_w, float[{filters}] w_b
+                      {", " + weights if weights else ""})
         => ({outputs}) {{
         f = Constant <value_floats = [1.0, 1.0, {factors[0]}, {factors[1]}]> ()
         y = Resize <mode = "{mode}"> (x, , f)
@@ -115,6 +116,24 @@ def test_a_result_before_its_relu_that_is_an_output() -> None:
     assert ops(graph).count("Relu") == 1
 
 
+def test_blocks_have_the_new_nodes() -> None:
+    """All in the block of the layer, and every node in one."""
+    graph = network(more="pha = Conv <pads = [1,1,1,1]> (out, w_c)", outputs="float[n,f,h,w] pha",
+                    weights="float[1,4,3,3] w_c")
+    name = next(n.name for n in graph.nodes if n.op == "Conv")
+    context = Context(Options(bits=Bits.parse("4")))
+    run_passes(graph, [FindClosures()], context)
+    before = context.found["find_closures"].blocks
+    run_passes(graph, [FoldResizes()], context)
+    after = context.found["find_closures"].blocks
+    assert [b.name for b in after] == [b.name for b in before]
+    assert sorted(n for b in after for n in b.nodes) == sorted(n.name for n in graph.nodes)
+    (block,) = [b for b in after if name in b.nodes]
+    assert sum(n.op == "Conv" for n in graph.nodes if n.name in block.nodes) == 4
+    order = [n.name for n in graph.nodes]
+    assert all(list(b.nodes) == sorted(b.nodes, key=order.index) for b in after)
+
+
 def test_other_sizes_follow() -> None:
     """Crops for learning are the same graph at half the size."""
     half = resized(check(network(sides=(8, 16))), 0.5)
@@ -138,7 +157,7 @@ def test_what_is_joined_has_one_grid(bits: str) -> None:
     }""")
     graph.fold_constants()
     graph.infer_shapes()
-    run_passes(graph, [FoldResizes(), FindClosures(), InsertQdq()], Context(Options(bits=Bits.parse(bits))))
+    run_passes(graph, [FindClosures(), FoldResizes(), InsertQdq()], Context(Options(bits=Bits.parse(bits))))
     for concat in (n for n in graph.nodes if n.op == "Concat"):
         reads = [v.inputs[0] for v in concat.inputs]
         assert all(n.op == "DequantizeLinear" for n in reads)
