@@ -210,9 +210,10 @@ class _Placement:
         made_in_integers = self._integer_source(value)
         joins = self._joins(value)
         if joins and not made_in_integers and len(joins) < len(readers) and value.name not in self.state_inputs:
-            for join in joins:                              # a float value is rounded to the grid of what it joins
-                self._replace(value, self._pair(value, self._join_bits(join), self._shared([join])), [join])
-            readers = [r for r in readers if r not in joins]
+            for reader, join in joins:                      # a float value is rounded to the grid of what it joins
+                self._replace(value, self._pair(value, self._join_bits(join), self._shared([join])), [reader])
+            joined = {id(reader) for reader, _ in joins}
+            readers = [r for r in readers if id(r) not in joined]
         by_reader = {id(r): self._wanted_by(r, value) for r in readers}
         wants = set().union(*by_reader.values())
         is_output, tied = any(o is value for o in self.graph.outputs), self._tied_to(value)
@@ -249,24 +250,24 @@ class _Placement:
         if value.inputs and value.inputs[0].op == "Concat" and self.target.integer_layout:
             return self._shared(value.inputs[:1])
         joins = self._joins(value)
-        return self._shared(joins) if self._moves_to(joins, value) else None
+        return self._shared([join for _, join in joins]) if self._moves_to(joins, value) else None
 
-    def _moves_to(self, joins: list[Any], value: Any) -> bool:
+    def _moves_to(self, joins: list[tuple[Any, Any]], value: Any) -> bool:
         """True for a value that takes over the grid of the Concats that read it: nothing else does."""
         return bool(joins) and len(joins) == len(value.outputs) and not any(o is value for o in self.graph.outputs) \
-            and len({self._join_bits(j) for j in joins}) == 1
+            and len({self._join_bits(join) for _, join in joins}) == 1
 
-    def _join_bits(self, reader: Any) -> int:
+    def _join_bits(self, join: Any) -> int:
         """The width of what a Concat joins: that which all its readers want of it, or that of carriers."""
-        value = self._join_behind(reader).outputs[0]
+        value = join.outputs[0]
         wanted = [self._wanted_by(r, value) for r in value.outputs]
         narrow = all(wanted) and not any(o is value for o in self.graph.outputs)
         widths = set().union(*wanted) if narrow else set()
         return widths.pop() if len(widths) == 1 else CARRIER_BITS
 
-    def _joins(self, value: Any) -> list[Any]:
-        """The readers of a value that are Concats, or lead to one, and move integers on one grid."""
-        return [r for r in value.outputs if self._join_behind(r) is not None]
+    def _joins(self, value: Any) -> list[tuple[Any, Any]]:
+        """Readers of a value that are Concats, or lead to one, which moves integers on one grid; and that Concat."""
+        return [(r, join) for r in value.outputs if (join := self._join_behind(r)) is not None]
 
     def _join_behind(self, node: Any) -> Any:
         """The Concat that a node is, or hands its one result to through movers alone; None if there is none."""
@@ -276,9 +277,8 @@ class _Placement:
         joins = node.op == "Concat" and self.target.integer_layout and self._carries(node)
         return node if joins else None
 
-    def _shared(self, readers: list[Any]) -> tuple[Any, Any]:
+    def _shared(self, joins: list[Any]) -> tuple[Any, Any]:
         """The scale and zero point that the operands of some Concats share with what they make."""
-        joins = [self._join_behind(r) for r in readers]
         shared = next((self.joined[j.name] for j in joins if j.name in self.joined), None) \
             or self._constants(self._join_bits(joins[0]))
         self.joined.update((j.name, shared) for j in joins)

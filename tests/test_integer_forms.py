@@ -159,6 +159,18 @@ def test_a_resize_by_2_is_rounded_once_an_axis(scale: float, zero: int, out: flo
     assert off.max() <= 0.5 * out * FINE
 
 
+@pytest.mark.parametrize("axis", [2, 3])
+def test_a_resize_of_one_axis_is_rounded_once(axis: int) -> None:
+    grids = {"x": (short(0.04), 120), "y": (short(0.03), 128)}
+    factors = (2, 1) if axis == 2 else (1, 2)
+    graph = rewritten(resize(SHAPE, factors, grids, 'mode = "linear", coordinate_transformation_mode = "half_pixel"'))
+    assert ops(graph).count("Resize") == 1
+    x = noise(SHAPE, grids["x"])
+    exact = doubled(integers(x, grids["x"]) - 120, axis) * grids["x"][0]
+    off = np.abs(one(graph, {"x_in": x}) - np.clip(exact, -128 * grids["y"][0], 127 * grids["y"][0]))
+    assert off.max() <= 0.5 * grids["y"][0] * FINE
+
+
 def resize(shape: tuple[int, ...], factors: tuple[int, int], grids: Mapping[str, tuple[float, int]],
            attributes: str) -> Graph:
     """A Resize between quantizers."""
@@ -264,7 +276,7 @@ def test_what_has_no_form_stays(body: str) -> None:
 
 
 @pytest.mark.parametrize(("factors", "attributes"), [
-    ((3, 3), 'mode = "linear"'), ((2, 1), 'mode = "linear"'), ((2, 2), 'mode = "nearest"'),
+    ((3, 3), 'mode = "linear"'), ((4, 1), 'mode = "linear"'), ((2, 2), 'mode = "nearest"'),
     ((2, 2), 'mode = "linear", coordinate_transformation_mode = "align_corners"'),
     ((2, 2), 'mode = "linear", coordinate_transformation_mode = "asymmetric"'), ((2, 2), 'mode = "cubic"')])
 def test_other_resizes_stay(factors: tuple[int, int], attributes: str) -> None:
