@@ -29,6 +29,7 @@ from passes.quantize_biases import QuantizeBiases
 from passes.raise_opset import RaiseOpset
 from passes.reconstruct_blocks import ReconstructBlocks
 from passes.slim_down import SlimDown
+from passes.split_early import SplitEarly
 from passes.verify import Verify
 from vmq.pipeline import Pass
 
@@ -41,6 +42,7 @@ _PREPARE: tuple[Pass, ...] = (
     FloorPooling(),
     FuseHardswish(),
     FoldBatchnorm(),
+    SplitEarly(),
     AlignChannels(),
     Equalize(),
     BalanceChannels(),
