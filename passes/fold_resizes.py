@@ -40,6 +40,7 @@ class FoldResizes(Pass):
     name: ClassVar[str] = "fold_resizes"
 
     def run(self, graph: Graph, context: Context) -> PassResult:
+        """Leave in `context.found`, for each new convolution, the name of the one that it is a part of."""
         target = context.options.target
         if not target.integer_layout or "Resize" not in target.forms:
             return PassResult()
@@ -55,6 +56,8 @@ class FoldResizes(Pass):
         if folded:
             graph.cleanup()
             graph.sort()
+            context.found[self.name] = {n.name: places[n.name] for n in graph.nodes
+                                        if n.op == "Conv" and n.name in places}
             if (closures := context.found.get("find_closures")) is not None:
                 context.found["find_closures"] = closures.with_new(graph, places)
         return PassResult(modified=folded)

@@ -19,6 +19,7 @@ float, or take the target's wide integers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -70,7 +71,9 @@ def layer_bits(graph: Graph, context: Context) -> dict[str, Bits]:
 def _placement(graph: Graph, context: Context) -> _Placement:
     closures = context.found["find_closures"]
     chosen = {n: c.bits for c in context.found.get("choose_bits", ()) for n in c.nodes}
-    return _Placement(graph, context.options, chosen, [s.pair for s in closures.states],
+    keep, parts = context.options.keep, context.found.get("fold_resizes", {})
+    kept = {new: keep[old] for new, old in parts.items() if old in keep}
+    return _Placement(graph, replace(context.options, keep={**keep, **kept}), chosen, [s.pair for s in closures.states],
                       {n for s in closures.states for n in s.nodes})
 
 

@@ -170,3 +170,15 @@ def test_what_is_joined_has_one_grid(bits: str) -> None:
     assert len(layers) == 3
     width = {"8": "uint8", "4": "uint4"}[bits]
     assert {n.inputs[0].inputs[0].inputs[2].dtype.name for n in layers} == {width}
+
+
+def test_what_keeps_a_layer_wider_keeps_its_ends_wider() -> None:
+    graph = network(more="pha = Conv <pads = [1,1,1,1]> (out, w_c)", outputs="float[n,f,h,w] pha",
+                    weights="float[1,4,3,3] w_c")
+    name = next(n.name for n in graph.nodes if n.op == "Conv")
+    context = Context(Options(bits=Bits.parse("4"), keep={name: 8, "first": 4, "last": 4}))
+    results = run_passes(graph, [FindClosures(), FoldResizes(), InsertQdq()], context)
+    layers = [n for n in graph.nodes if n.op == "Conv" and n.inputs[0].shape[1] == 11]
+    assert len(layers) == 3
+    wide = {k: v for k, v in results[-1].report["wider"].items() if v == "W8A8"}
+    assert wide == dict.fromkeys((n.name for n in layers), "W8A8")
