@@ -5,7 +5,7 @@ For each value that is computed, what its readers want decides:
     multiply-add (Conv, MatMul, Gemm)   its operand at the layer's activation bits
     carrier (Add, Mul, Concat, ...)     8 bits: no narrower integer kernel exists; 16 where 8 are too few
     Concat, for integer layouts         what its own readers want, if that is one width, and one grid with what it
-                                        joins: it moves integers
+                                        joins, through movers too: it moves integers
     mover (Split, Reshape, ...)         what its own readers want, under the same scale: nothing is rounded twice
     anything else                       float
 
