@@ -22,16 +22,13 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from passes.pack_columns import FEW, move_columns
 from vmq.graph import Constant, Graph
 from vmq.layers import doubled_axes
 from vmq.pipeline import Context, Pass, PassResult
 
-FEW = 16
-"""Output channels that are computed two columns at a time."""
 PICTURE = 4
 """Channels that may be joined to what is resized: their weights are multiplied by zeros for the most part."""
-LAST, FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
-"""Permutations that move channels last, and back."""
 
 
 class FoldResizes(Pass):
@@ -102,7 +99,7 @@ def _fold(graph: Graph, conv: Any, resize: Any, others: list[Any]) -> None:
     rows.shape = [count, channels, 2 * height, width]
     joined = rows
     if others:
-        parts = [rows, *(_columns_in_channels(graph, v) for v in others)]
+        parts = [rows, *(move_columns(graph, v, 2 * v.shape[1], v.name) for v in others)]
         joined = graph.add("Concat", parts, f"{rows.name}_joined", {"axis": 1},
                            [count, sum(p.shape[1] for p in parts), *rows.shape[2:]])
     weight = np.asarray(conv.inputs[1].values, np.float64)
@@ -126,26 +123,11 @@ def _fold(graph: Graph, conv: Any, resize: Any, others: list[Any]) -> None:
     middle = together[1].inputs[0] if relu is None else together[1].inputs[0].inputs[0].inputs[0]
     whole = graph.add("Concat", together, f"{result.name}_joined", {"axis": 3},
                       [count, 2 * weight.shape[0], tall, width])
-    apart = _move_columns(graph, whole, weight.shape[0], result.name)
+    apart = move_columns(graph, whole, weight.shape[0], result.name)
     graph.replace_uses(result, apart)
     name = conv.name
     graph.remove(conv)
     middle.name = name                      # it stands for the same layer
-
-
-def _columns_in_channels(graph: Graph, value: Any) -> Any:
-    """[N, C, H, W] as [N, 2C, H, W/2]: channel pC + c holds column 2j + p of channel c."""
-    return _move_columns(graph, value, 2 * value.shape[1], value.name)
-
-
-def _move_columns(graph: Graph, value: Any, channels: int, name: str) -> Any:
-    """The same numbers with so many channels, and more or fewer columns, in memory as they are channels last."""
-    count, before, height, width = value.shape
-    shape = [count, height, width * before // channels, channels]
-    last = graph.add("Transpose", [value], f"{name}_last", {"perm": LAST}, [count, height, width, before])
-    moved = graph.add("Reshape", [last, graph.constant("shape", np.asarray([0, 0, -1, channels], np.int64))],
-                      f"{name}_moved", {}, shape)
-    return graph.add("Transpose", [moved], f"{name}_first", {"perm": FIRST}, [shape[i] for i in FIRST])
 
 
 def _cut(graph: Graph, value: Any, first: int, last: int) -> Any:

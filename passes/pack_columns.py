@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from passes.double_sizes import FIRST, LAST
 from vmq.graph import Constant, Graph
 from vmq.pipeline import Context, Pass, PassResult
 
@@ -101,11 +102,14 @@ def _pack(graph: Graph, node: Any, write: Any) -> None:
         value.shape = [count, together * channels, height, width // together]
     result = write.outputs[0]
     readers = list(result.outputs)
-    last = graph.add("Transpose", [result], f"{result.name}_last", {"perm": [0, 2, 3, 1]},
-                     [count, height, width // together, together * channels], result.dtype)
-    shape = [count, height, width, channels]
-    apart = graph.add("Reshape", [last, graph.constant("shape", np.asarray(shape, np.int64))], f"{result.name}_apart",
-                      {}, shape, result.dtype)
-    first = graph.add("Transpose", [apart], f"{result.name}_first", {"perm": [0, 3, 1, 2]},
-                      [count, channels, height, width], result.dtype)
-    graph.replace_uses(result, first, readers)
+    graph.replace_uses(result, move_columns(graph, result, channels, result.name), readers)
+
+
+def move_columns(graph: Graph, value: Any, channels: int, name: str) -> Any:
+    """[N, C, H, W] with so many channels, and more or fewer columns: in memory, channels last, the same numbers."""
+    count, before, height, width = value.shape
+    shape = [count, height, width * before // channels, channels]
+    last = graph.add("Transpose", [value], f"{name}_last", {"perm": LAST}, [count, height, width, before], value.dtype)
+    moved = graph.add("Reshape", [last, graph.constant("shape", np.asarray([0, 0, -1, channels], np.int64))],
+                      f"{name}_moved", {}, shape, value.dtype)
+    return graph.add("Transpose", [moved], f"{name}_first", {"perm": FIRST}, [shape[i] for i in FIRST], value.dtype)
