@@ -5,6 +5,11 @@ states are seen as often as they occur. Of every tensor the extremes and a fixed
 whatever the number of frames; the range is the one with the smallest mean of |error|^p (vmq/quant.py). Where an
 elementwise function alone reads a tensor (hardswish, sigmoid, ...), the error is that of the function's result.
 Weights get one scale per output channel by the same search.
+
+Scales are short numbers, and those of tensors that are added to each other, and of their sums, are odd multiples of one
+power of 2, u. No sum then lies in the middle between two steps, where kernels round to even on x86 and otherwise on Arm:
+
+    p u a + q u b = (n + 1/2) r u    would be    2 (p a + q b) = (2 n + 1) r,    an even number and an odd one
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.cluster.hierarchy import DisjointSet
 
 from vmq import processes
 from vmq.errors import PassError
@@ -27,6 +33,8 @@ from vmq.spec import QuantSpec
 
 MANTISSA = 12
 """Significant bits of a scale."""
+COARSEST = 100
+"""A scale that is fewer units than this stays as it is."""
 
 
 class CalibrateRanges(Pass):
@@ -85,6 +93,7 @@ class CalibrateRanges(Pass):
         ranges.searched |= zip(fresh, processes.together(found), strict=True)
         for nodes in groups.values():
             nodes[0].inputs[1].values, nodes[0].inputs[2].values = ranges.searched[key(nodes)]
+        _avoid_halves(graph)
         frames = sum(len(c) for c in context.clips)
         return PassResult(modified=len(groups), report={
             "frames": frames, "clips": [c.name for c in context.clips], "quantizers": len(groups)})
@@ -163,12 +172,37 @@ def _observe(reference: Graph, names: list[str], context: Context, samples: int)
 
 
 def _short(scale: NDArray[Any]) -> NDArray[np.float32]:
-    """A scale in `MANTISSA` bits: differences and quarters of its multiples are exact in float32.
-
-    So are halves between two steps, and every runtime rounds them to the same side.
-    """
+    """A scale in `MANTISSA` bits: differences and quarters of its multiples are exact in float32."""
     part, exponent = np.frexp(np.asarray(scale, np.float32))
     return np.ldexp(np.rint(np.ldexp(part, MANTISSA)), exponent - MANTISSA).astype(np.float32)
+
+
+def _avoid_halves(graph: Graph) -> None:
+    """Let scales of what is added to each other be odd multiples of a power of 2, of `MANTISSA` bits at most."""
+    scales: dict[str, Any] = {}
+    joined = DisjointSet()
+    for node in graph.nodes:
+        around = [v.inputs[0] if v.inputs else None for v in node.inputs]
+        y = node.outputs[0]
+        while [r.op for r in y.outputs] == ["Relu"]:
+            y = y.outputs[0].outputs[0]
+        around += [r for r in y.outputs if r.op == "QuantizeLinear"]
+        if node.op not in ("Add", "Sub") or len(around) != 3 or not all(
+                n is not None and n.op in ("QuantizeLinear", "DequantizeLinear") and n.inputs[1].values.size == 1
+                and float_source(n.inputs[0]).inputs for n in around):
+            continue
+        names = [n.inputs[1].name for n in around]
+        scales |= {n.inputs[1].name: n.inputs[1] for n in around}
+        for name in names:
+            joined.add(name)
+            joined.merge(name, names[0])
+    for names in joined.subsets():
+        together = [scales[n] for n in names]
+        unit = np.ldexp(1.0, int(np.frexp(max(float(s.values) for s in together))[1]) - MANTISSA)
+        for scale in together:
+            odd = 2 * np.floor(np.asarray(scale.values, np.float64) / unit / 2) + 1
+            if odd > COARSEST:
+                scale.values = (odd * unit).astype(np.float32)
 
 
 def _reader(node: Any) -> Any:

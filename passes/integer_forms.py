@@ -10,7 +10,12 @@ at run time, and turns into integer kernels what would else run in float between
                                           with scale 1/256, is read with scale 1/128 and zero point 128
     c - x          = c + (-x)             Mul by -1, exact in integers; c moves the zero point it is read with
     a - b          = a + (-b)
-    resize by 2    one axis after the other, rounded between (passes/double_sizes.py writes each as two Adds)
+    resize by 2    one axis after the other, rounded between (passes/double_sizes.py writes each as two Adds); columns
+                   are read with a scale 1 + 2^-11 times as large, rows with one 1 - 2^-11 times
+
+The sums of a resize, 3/4 a + 1/4 b, lie in the middle between two steps once in four, and integer kernels round such
+halves to even on x86 and otherwise on Arm. With these scales no sum is a half: those of columns go away from zero and
+those of rows towards it, everywhere.
 
 These stand in the graph before anything is learned: what is learned is learned for what will run.
 """
@@ -27,6 +32,8 @@ from vmq.pipeline import Context, Pass, PassResult
 
 STEPS = 256
 """Steps of a function whose values lie between 0 and 1."""
+OFF_HALF = 2.0 ** -11
+"""By how much of itself a scale is moved: half a step moves farther than sums round, 255 steps by less than a quarter."""
 
 
 class IntegerForms(Pass):
@@ -117,22 +124,24 @@ def _moves_scale(node: Any) -> bool:
 
 
 def _resize(graph: Graph, node: Any) -> bool:
-    """Columns, then rows, rounded between on the grid of what comes in."""
+    """Columns, then rows, rounded between on the grid of what comes in; halves away from zero, then towards it."""
     x, y = node.inputs[0], node.outputs[0]
     read, axes = _read(x), doubled_axes(node)
     if read is None or not axes:
         return False
+    integers, scale, zero = read.inputs[0], _scale(read), _zero(read)
 
-    def factors(axis: int) -> list[Any]:
+    def inputs(integers: Any, axis: int) -> list[Any]:
         values = np.ones(4, np.float32)
         values[axis] = 2.0
-        return [Constant("", np.zeros(0, np.float32)), graph.constant("factors", values)]
+        seen = _dequantize(graph, integers, scale * (1.0 + OFF_HALF if axis == 3 else 1.0 - OFF_HALF), zero)
+        return [seen, Constant("", np.zeros(0, np.float32)), graph.constant("factors", values)]
 
     node.attrs.pop("coordinate_transformation_mode", None)      # half_pixel: where sides are doubled, they are the same
     if axes == (2, 3):
-        columns = graph.add("Resize", [x, *factors(3)], f"{y.name}_columns", node.attrs, [*x.shape[:3], y.shape[3]])
-        x = _dequantize(graph, _quantize(graph, columns, _scale(read), _zero(read)), _scale(read), _zero(read))
-    node.inputs = [x, *factors(axes[0])]
+        columns = graph.add("Resize", inputs(integers, 3), f"{y.name}_columns", node.attrs, [*x.shape[:3], y.shape[3]])
+        integers = _quantize(graph, columns, scale, zero)
+    node.inputs = inputs(integers, axes[0])
     return True
 
 

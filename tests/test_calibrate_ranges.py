@@ -153,3 +153,56 @@ def test_progress_reaches_the_end():
     run_passes(network(), PIPELINE[:last + 1], context)
     assert ("running the calibration clips", 1.0) in seen
     assert ("searching ranges", 1.0) in seen
+
+
+def test_no_sum_lies_between_two_steps():
+    """Of two 8-bit tensors that are added, every pair: at least 1/2^13 of a step from a half, far more than sums round."""
+    graph = read("""(float[1,3,32,48] src, float[4,3,1,1] w0, float[4,3,1,1] w1, float[4,4,1,1] w2, float[4,4,1,1] w3,
+                     float[1,4,1,1] w4) => (float[1,1,32,48] pha) {
+        a = Conv (src, w0)
+        b = Conv (src, w1)
+        c = Add (a, b)
+        d = Conv (c, w2)
+        e = Relu (c)
+        f = Sub (d, c)
+        g = Conv (e, w3)
+        h = Add (f, g)
+        i = Relu (h)
+        pha = Conv (i, w4)
+    }""")
+    rng = np.random.default_rng(0)
+    for name, spread in (("w0", 0.3), ("w1", 2.0), ("w2", 0.7), ("w3", 0.1), ("w4", 1.0)):
+        value = graph.value(name)
+        value.values = rng.normal(0, spread, value.shape).astype(np.float32)
+    run_to("calibrate_ranges", graph)
+    steps = np.arange(-255, 256)
+    sums = [n for n in graph.nodes if n.op in ("Add", "Sub")]
+    assert len(sums) == 3
+    for node in sums:
+        y = node.outputs[0]
+        y = y.outputs[0].outputs[0] if y.outputs[0].op == "Relu" else y
+        first, second, out = (number(n.inputs[1]) for n in (*(v.inputs[0] for v in node.inputs), y.outputs[0]))
+        assert len({first, second, out}) == 3
+        exact = np.add.outer(steps * first, steps * second) / out
+        assert np.abs(np.abs(exact) % 1.0 - 0.5).min() > 0.9 * 2**-13
+
+
+def test_a_small_part_of_a_sum_keeps_its_scale():
+    """What is a thousandth of the sum would be one or two units of it."""
+    graph = read("""(float[1,3,32,48] src, float[4,3,1,1] w0, float[4,3,1,1] w1, float[1,4,1,1] w2)
+                    => (float[1,1,32,48] pha) {
+        a = Conv (src, w0)
+        b = Conv (src, w1)
+        c = Add (a, b)
+        d = Conv (b, w2)
+        e = Conv (c, w2)
+        pha = Add (d, e)
+    }""")
+    for name, value in (("w0", 100.0), ("w1", 0.001), ("w2", 1.0)):
+        graph.value(name).values = np.full(graph.value(name).shape, value, np.float32)
+    run_to("calibrate_ranges", graph)
+    (small,) = {number(n.inputs[1]) for n in graph.nodes if n.op == "QuantizeLinear" and n.inputs[0].name == "b"}
+    run = Session(graph, optimize=False, extra=["b"])
+    frames = next(iter(clips())).frames(0, 4)
+    top = max(float(run.step(f)["b"].max()) for f in frames)
+    assert small == pytest.approx(top / 255, rel=0.2)

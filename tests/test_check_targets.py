@@ -97,3 +97,31 @@ def test_differences_are_counted(model: Path, frames: Path, tmp_path: Path, monk
     assert count == 5
     assert lines[0].startswith("frame 1: 0 of")
     assert lines[1].startswith("frame 2: 5 of 1,536 alpha values differ, by 3 8-bit steps at most; 5 of ")
+
+
+def test_operators_are_compared_on_the_same_integers(model: Path, frames: Path, tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch):
+    """The parts of a model, given its own integers, give them again; a step that is off is found at its operator."""
+    quantizers = check_targets.cut(model, tmp_path)
+    assert {q.kind for q in quantizers.values()} >= {"Conv", "Mul"}
+    assert run_loop(monkeypatch, tmp_path / "traced.onnx", frames, "--record", tmp_path / "traced.npz") == 0
+    given = tmp_path / "given.npz"
+    with np.load(tmp_path / "traced.npz") as traced:
+        np.savez(given, **{f"{n}{check_targets.GIVEN}": traced[n] for n in quantizers})
+    for parts, name in (("cut", "here"), ("floats", "floats")):
+        assert run_loop(monkeypatch, tmp_path / f"{parts}.onnx", frames, "--record", tmp_path / f"{name}.npz",
+                        "--given", given) == 0
+    with np.load(tmp_path / "here.npz") as here, np.load(tmp_path / "traced.npz") as traced:
+        assert all(np.array_equal(here[n], traced[n]) for n in quantizers)
+        values = {name: here[name].copy() for name in here.files}
+    name = next(n for n, q in quantizers.items() if q.kind == "Mul")
+    with np.load(tmp_path / "floats.npz") as floats:
+        exact = floats[quantizers[name].value] / quantizers[name].scale
+    place = np.unravel_index(np.argmin(np.abs(exact % 1.0 - 0.5)), exact.shape)
+    values[name][place] ^= 1
+    np.savez(tmp_path / "there.npz", **values)
+    lines = check_targets.apart(quantizers, tmp_path)
+    (odd,) = [line for line in lines if "by 1 at most" in line]
+    assert odd.startswith("Mul: 1 of ")
+    assert float(odd.split("within ")[1].split()[0]) < 0.05
+    assert all(": 0 of " in line for line in lines if line != odd)

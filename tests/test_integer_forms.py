@@ -152,11 +152,34 @@ def test_a_resize_by_2_is_rounded_once_an_axis(scale: float, zero: int, out: flo
     grids = {"x": (scale, zero), "y": (out, 128)}
     graph = rewritten(resize(shape, (2, 2), grids, f'mode = "linear", coordinate_transformation_mode = "{mode}"'))
     x = noise(shape, grids["x"])
-    columns = np.rint(doubled(integers(x, grids["x"]) - zero, 3))           # 12 bits of scale: all sums are exact
-    columns = np.clip(columns + zero, 0, 255) - zero
-    exact = doubled(columns, 2) * scale
+    sums = doubled(integers(x, grids["x"]) - zero, 3)
+    columns = np.clip(away_from_zero(sums) + zero, 0, 255) - zero
+    exact = doubled(columns, 2) * (scale * (1 - 2.0**-11))
     off = np.abs(one(graph, {"x_in": x}) - np.clip(exact, -128 * out, 127 * out))
     assert off.max() <= 0.5 * out * FINE
+
+
+def away_from_zero(x: Array) -> Array:
+    """To the nearest integer, halves away from zero."""
+    return np.sign(x) * np.floor(np.abs(x) + 0.5)
+
+
+@pytest.mark.parametrize("zero", [0, 97, 255])
+@pytest.mark.parametrize("axis", [2, 3])
+def test_no_sum_of_a_resize_is_near_a_half(axis: int, zero: int) -> None:
+    """Every pair of 8-bit values: what is rounded is nearest, and far enough from a half for any kernel's float sums."""
+    grid = (short(0.0371), zero)
+    factors = (2, 1) if axis == 2 else (1, 2)
+    shape = (256, 256, 2, 1) if axis == 2 else (256, 256, 1, 2)
+    graph = rewritten(resize(shape, factors, {"x": grid, "y": grid}, 'mode = "linear"'))
+    pairs = np.stack(np.meshgrid(np.arange(256), np.arange(256)), -1) - zero
+    x = (pairs * grid[0]).astype(np.float32).reshape(shape)
+    (seen,) = [n.inputs[0].inputs[0] for n in graph.nodes if n.op == "Resize"]
+    moved = float(seen.inputs[1].values) / grid[0]
+    sums = doubled(pairs.reshape(shape).astype(float), axis)
+    assert np.abs(np.abs(sums * moved % 1.0 - 0.5)).min() > 2e-4
+    want = away_from_zero(sums) if axis == 3 else np.sign(sums) * np.ceil(np.abs(sums) - 0.5)
+    assert np.array_equal(np.rint(one(graph, {"x_in": x}) / grid[0]), np.clip(want, -zero, 255 - zero))
 
 
 @pytest.mark.parametrize("axis", [2, 3])
@@ -166,7 +189,8 @@ def test_a_resize_of_one_axis_is_rounded_once(axis: int) -> None:
     graph = rewritten(resize(SHAPE, factors, grids, 'mode = "linear", coordinate_transformation_mode = "half_pixel"'))
     assert ops(graph).count("Resize") == 1
     x = noise(SHAPE, grids["x"])
-    exact = doubled(integers(x, grids["x"]) - 120, axis) * grids["x"][0]
+    moved = 1 + 2.0**-11 if axis == 3 else 1 - 2.0**-11
+    exact = doubled(integers(x, grids["x"]) - 120, axis) * (grids["x"][0] * moved)
     off = np.abs(one(graph, {"x_in": x}) - np.clip(exact, -128 * grids["y"][0], 127 * grids["y"][0]))
     assert off.max() <= 0.5 * grids["y"][0] * FINE
 

@@ -2,7 +2,8 @@
 
     qnn         Qualcomm's HTP in emulation: a session is made only if the NPU takes every node
     openvino    OpenVINO's CPU plugin, with its speed beside ONNX Runtime's own CPU kernels
-    arm         aarch64 in emulation (qemu-user), compared bit by bit with this processor at the same release
+    arm         aarch64 in emulation (qemu-user), compared bit by bit with this processor at the same release; where
+                bits differ, so is every operator by itself, on the same integers
 
 Each has an environment of its own in a cache folder, made at first use. Emulation says nothing about speed.
 """
@@ -14,10 +15,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
+from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -39,6 +44,19 @@ DEBIAN_ARM = ("python3.11-minimal", "libpython3.11-minimal", "libpython3.11-stdl
 """Debian packages that Python needs on aarch64."""
 PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_17_aarch64", "manylinux2014_aarch64")
 LOOP = Path(__file__).with_name("closed_loop.py")
+GIVEN = "_given"
+EXPLAINED = 4
+"""Frames over which operators are compared one by one."""
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """A QuantizeLinear: what makes the value that it reads, that value, its scale and zero point."""
+
+    kind: str
+    value: str
+    scale: NDArray[np.float32]
+    zero: NDArray[np.uint8]
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -123,14 +141,90 @@ def _arm(args: argparse.Namespace, work: Path, frames: Path) -> int:
     _call(python, LOOP, args.model, frames, "--record", here)
     found = 0
     for cpu in args.cpu or ["cortex-a76"]:
-        root, qemu = work / "root", emulated
-        subprocess.run([qemu, "-cpu", cpu, root / "usr/bin/python3.11", LOOP, args.model, frames, "--record", there],
-                       check=True, env=os.environ | {"QEMU_LD_PREFIX": str(root), "PYTHONHOME": str(root / "usr"),
-                                                     "PYTHONPATH": str(work / "site")})
+        def emulate(*words: str | Path, cpu: str = cpu) -> None:
+            root = work / "root"
+            subprocess.run([emulated, "-cpu", cpu, root / "usr/bin/python3.11", LOOP, *words], check=True,
+                           env=os.environ | {"QEMU_LD_PREFIX": str(root), "PYTHONHOME": str(root / "usr"),
+                                             "PYTHONPATH": str(work / "site")})
+
+        emulate(args.model, frames, "--record", there)
         lines, count = differences(here, there)
         print(f"{cpu}: {count:,} values differ", *lines, sep="\n  ", flush=True)
+        if count:
+            _explain(args.model, frames, lambda *words: _call(python, LOOP, *words), emulate, work)
         found += count
     return int(found > 0)
+
+
+def _explain(model: Path, frames: Path, here: Callable[..., None], there: Callable[..., None], work: Path) -> None:
+    """Print how each operator differs when both sides give it the same integers."""
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        place = Path(folder)
+        few, given = place / "frames.npy", place / "given.npz"
+        np.save(few, np.load(frames)[:EXPLAINED])
+        quantizers = cut(model, place)
+        here(place / "traced.onnx", few, "--record", place / "traced.npz")
+        with np.load(place / "traced.npz") as traced:
+            np.savez(given, **{f"{name}{GIVEN}": traced[name] for name in quantizers})  # type: ignore[arg-type]
+        for runs, name, parts in ((here, "here", "cut"), (there, "there", "cut"), (here, "floats", "floats")):
+            runs(place / f"{parts}.onnx", few, "--record", place / f"{name}.npz", "--given", given)
+        print("each operator on the same integers:", *apart(quantizers, place), sep="\n  ", flush=True)
+
+
+def cut(model: Path, place: Path) -> dict[str, Quantizer]:
+    """Write traced.onnx, which gives all its integers, and two models to which these are given where they are read.
+
+    cut.onnx gives what each operator makes of them, floats.onnx the same before it is quantized.
+
+    Returns:
+        what is known of each QuantizeLinear, by the name of its result.
+    """
+    proto = onnx.shape_inference.infer_shapes(onnx.load(model))
+    known = {v.name: v for v in proto.graph.value_info}
+    constants = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
+    outputs = {v.name for v in proto.graph.output}
+    makers = {name: node.op_type for node in proto.graph.node for name in node.output}
+    found = {n.output[0]: Quantizer(makers.get(n.input[0], "input"), n.input[0], *(constants[i] for i in n.input[1:3]))
+             for n in proto.graph.node if n.op_type == "QuantizeLinear" and n.output[0] not in outputs}
+    proto.graph.output.extend(known[name] for name in found)
+    onnx.save(proto, place / "traced.onnx")
+    for node in proto.graph.node:
+        for index, name in enumerate(node.input):
+            if name in found:
+                node.input[index] = f"{name}{GIVEN}"
+    for name in found:
+        value = proto.graph.input.add()
+        value.CopyFrom(known[name])
+        value.name = f"{name}{GIVEN}"
+    onnx.save(proto, place / "cut.onnx")
+    before = {q.value for q in found.values()} - outputs
+    proto.graph.output.extend(known[name] for name in sorted(before & known.keys()))
+    onnx.save(proto, place / "floats.onnx")
+    return found
+
+
+def apart(quantizers: Mapping[str, Quantizer], place: Path) -> list[str]:
+    """A line for each kind of operator: how many values differ between here.npz and there.npz, and where they lay."""
+    lines = []
+    with np.load(place / "here.npz") as here, np.load(place / "there.npz") as there, \
+            np.load(place / "floats.npz") as floats:
+        for kind in sorted({q.kind for q in quantizers.values()}):
+            values = odd = most = 0
+            farthest = 0.0
+            for name, quantizer in quantizers.items():
+                if quantizer.kind != kind:
+                    continue
+                steps = np.abs(here[name].astype(np.int32) - there[name])
+                values += steps.size
+                if not steps.any():
+                    continue
+                odd, most = odd + int((steps > 0).sum()), max(most, int(steps.max()))
+                exact = floats[quantizer.value][steps > 0].astype(np.float64) / quantizer.scale
+                farthest = max(farthest, float(np.abs(np.abs(exact) % 1.0 - 0.5).max()))
+            lines.append(f"{kind}: {odd:,} of {values:,} values differ"
+                         + (f", by {most} at most; before rounding they lay within {farthest:.1e} steps of a half"
+                            if odd else ""))
+    return lines
 
 
 def differences(one: Path, other: Path) -> tuple[list[str], int]:

@@ -109,7 +109,9 @@ def record(args: argparse.Namespace) -> int:
     session = open_session(args.model, "cpu", args.threads)
     loop = Loop(session, json.loads(session.get_modelmeta().custom_metadata_map[STATES_KEY]))
     kept: dict[str, list[Frames]] = {name: [] for name in (*loop.names, "alpha")}
-    for frame in np.load(args.frames):
+    given = dict(np.load(args.given)) if args.given else {}
+    for number, frame in enumerate(np.load(args.frames)):
+        loop.feeds |= {name: values[number] for name, values in given.items()}
         outputs = loop.step(frame)
         for name, value in (*outputs.items(), ("alpha", loop.alpha_of(outputs))):
             kept[name].append(value)
@@ -124,6 +126,7 @@ def main() -> int:
     parser.add_argument("frames", help="a .npy of float32 [T,3,H,W], 0 to 1")
     parser.add_argument("--provider", choices=("cpu", "qnn", "openvino"), default="cpu")
     parser.add_argument("--record", metavar="OUT.npz")
+    parser.add_argument("--given", metavar="IN.npz", help="with --record: more inputs, by name, [T,...]")
     parser.add_argument("--reference")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--soc-model", type=int, default=57)
