@@ -6,8 +6,8 @@ whatever the number of frames; the range is the one with the smallest mean of |e
 elementwise function alone reads a tensor (hardswish, sigmoid, ...), the error is that of the function's result.
 Weights get one scale per output channel by the same search.
 
-Scales are short numbers, and those of tensors that are added to each other, and of their sums, are odd multiples of one
-power of 2, u. No sum then lies in the middle between two steps, where kernels round to even on x86 and otherwise on Arm:
+Scales are short numbers. Those of tensors that are added to each other, and of their sums, are odd multiples of a
+power of 2, u: no sum lies in the middle between two steps, where kernels round to even on x86 and otherwise on Arm.
 
     p u a + q u b = (n + 1/2) r u    would be    2 (p a + q b) = (2 n + 1) r,    an even number and an odd one
 """
@@ -181,21 +181,16 @@ def _avoid_halves(graph: Graph) -> None:
     """Let scales of what is added to each other be odd multiples of a power of 2, of `MANTISSA` bits at most."""
     scales: dict[str, Any] = {}
     joined = DisjointSet()
-    for node in graph.nodes:
-        around = [v.inputs[0] if v.inputs else None for v in node.inputs]
+    for node in [n for n in graph.nodes if n.op in ("Add", "Sub")]:
         y = node.outputs[0]
-        while [r.op for r in y.outputs] == ["Relu"]:
-            y = y.outputs[0].outputs[0]
-        around += [r for r in y.outputs if r.op == "QuantizeLinear"]
-        if node.op not in ("Add", "Sub") or len(around) != 3 or not all(
-                n is not None and n.op in ("QuantizeLinear", "DequantizeLinear") and n.inputs[1].values.size == 1
-                and float_source(n.inputs[0]).inputs for n in around):
-            continue
-        names = [n.inputs[1].name for n in around]
-        scales |= {n.inputs[1].name: n.inputs[1] for n in around}
-        for name in names:
-            joined.add(name)
-            joined.merge(name, names[0])
+        y = y.outputs[0].outputs[0] if [r.op for r in y.outputs] == ["Relu"] else y
+        around = [*(v.inputs[0] for v in node.inputs if v.inputs), *(r for r in y.outputs if r.op == "QuantizeLinear")]
+        if len(around) == 3 and all(n.op in ("QuantizeLinear", "DequantizeLinear") and n.inputs[1].values.size == 1
+                                    and float_source(n.inputs[0]).inputs for n in around):
+            for scale in (n.inputs[1] for n in around):
+                scales[scale.name] = scale
+                joined.add(scale.name)
+                joined.merge(scale.name, around[0].inputs[1].name)
     for names in joined.subsets():
         together = [scales[n] for n in names]
         unit = np.ldexp(1.0, int(np.frexp(max(float(s.values) for s in together))[1]) - MANTISSA)

@@ -33,7 +33,7 @@ from vmq.pipeline import Context, Pass, PassResult
 STEPS = 256
 """Steps of a function whose values lie between 0 and 1."""
 OFF_HALF = 2.0 ** -11
-"""By how much of itself a scale is moved: half a step moves farther than sums round, 255 steps by less than a quarter."""
+"""By how much of itself a scale is moved: half a step by more than sums round, 255 steps by less than a quarter."""
 
 
 class IntegerForms(Pass):

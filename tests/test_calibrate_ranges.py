@@ -156,7 +156,7 @@ def test_progress_reaches_the_end():
 
 
 def test_no_sum_lies_between_two_steps():
-    """Of two 8-bit tensors that are added, every pair: at least 1/2^13 of a step from a half, far more than sums round."""
+    """Of two 8-bit tensors that are added, every pair: 1/2^13 of a step from a half, far more than sums round."""
     graph = read("""(float[1,3,32,48] src, float[4,3,1,1] w0, float[4,3,1,1] w1, float[4,4,1,1] w2, float[4,4,1,1] w3,
                      float[1,4,1,1] w4) => (float[1,1,32,48] pha) {
         a = Conv (src, w0)

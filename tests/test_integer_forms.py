@@ -167,7 +167,7 @@ def away_from_zero(x: Array) -> Array:
 @pytest.mark.parametrize("zero", [0, 97, 255])
 @pytest.mark.parametrize("axis", [2, 3])
 def test_no_sum_of_a_resize_is_near_a_half(axis: int, zero: int) -> None:
-    """Every pair of 8-bit values: what is rounded is nearest, and far enough from a half for any kernel's float sums."""
+    """Every pair of 8-bit values: the nearest, and far enough from a half for any kernel's float sums."""
     grid = (short(0.0371), zero)
     factors = (2, 1) if axis == 2 else (1, 2)
     shape = (256, 256, 2, 1) if axis == 2 else (256, 256, 1, 2)

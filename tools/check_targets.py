@@ -165,7 +165,7 @@ def _explain(model: Path, frames: Path, here: Callable[..., None], there: Callab
         quantizers = cut(model, place)
         here(place / "traced.onnx", few, "--record", place / "traced.npz")
         with np.load(place / "traced.npz") as traced:
-            np.savez(given, **{f"{name}{GIVEN}": traced[name] for name in quantizers})  # type: ignore[arg-type]
+            np.savez(given, **{f"{name}{GIVEN}": traced[name] for name in quantizers})
         for runs, name, parts in ((here, "here", "cut"), (there, "there", "cut"), (here, "floats", "floats")):
             runs(place / f"{parts}.onnx", few, "--record", place / f"{name}.npz", "--given", given)
         print("each operator on the same integers:", *apart(quantizers, place), sep="\n  ", flush=True)
@@ -185,7 +185,7 @@ def cut(model: Path, place: Path) -> dict[str, Quantizer]:
     outputs = {v.name for v in proto.graph.output}
     makers = {name: node.op_type for node in proto.graph.node for name in node.output}
     found = {n.output[0]: Quantizer(makers.get(n.input[0], "input"), n.input[0], *(constants[i] for i in n.input[1:3]))
-             for n in proto.graph.node if n.op_type == "QuantizeLinear" and n.output[0] not in outputs}
+             for n in proto.graph.node if n.op_type == "QuantizeLinear" and n.output[0] in known.keys() - outputs}
     proto.graph.output.extend(known[name] for name in found)
     onnx.save(proto, place / "traced.onnx")
     for node in proto.graph.node:
