@@ -24,6 +24,7 @@ from passes.limit_weights import LimitWeights
 from passes.lower import Lower
 from passes.move_integers import MoveIntegers
 from passes.multiply_pixels import MultiplyPixels
+from passes.multiply_rows import MultiplyRows
 from passes.pack_columns import PackColumns
 from passes.quantize_biases import QuantizeBiases
 from passes.raise_opset import RaiseOpset
@@ -61,6 +62,7 @@ _QUANTIZE: tuple[Pass, ...] = (
     Lower(),
     MoveIntegers(),
     DoubleSizes(),
+    MultiplyRows(),
     MultiplyPixels(),
     PackColumns(),
     ExposeStates(),

@@ -33,7 +33,7 @@ class MultiplyPixels(Pass):
     def run(self, graph: Graph, context: Context) -> PassResult:
         found = [n for n in graph.nodes if _suits(n)] if context.options.target.integer_layout else []
         if found:
-            context.found[self.name] = graph.copy()         # what follows rounds its sums once, not in between
+            context.found.setdefault("float_sums", graph.copy())    # what follows rounds its sums once
             for node in found:
                 _multiply(graph, node)
             graph.cleanup()
@@ -52,10 +52,10 @@ def _suits(node: Any) -> bool:
     return weight is not None and weight.ndim == 4 and weight.shape[2:] == (1, 1) \
         and data.inputs[2].dtype == np.uint8 and all(v.inputs[0].inputs[0].dtype == t for v, t in zip(
             node.inputs[1:], (np.int8, np.int32), strict=False)) \
-        and all(isinstance(d, int) for d in shape or ["?"]) and _stays_float(node.outputs[0])
+        and all(isinstance(d, int) for d in shape or ["?"]) and stays_float(node.outputs[0])
 
 
-def _stays_float(value: Any) -> bool:
+def stays_float(value: Any) -> bool:
     """True where nothing quantizes what a value becomes: a sum rounded otherwise changes no integer."""
     todo, seen = [value], set[int]()
     while todo:

@@ -2,7 +2,7 @@
 
 - against the graph that went into `lower`, optimizations off: the same bits, or the compile fails (convolutions that
   `pack_columns` has repacked add up in another order: there it is the integer kernels that must give the same bits;
-  of what `multiply_pixels` adds up in integers, float sums may differ by their own rounding and no more);
+  of what `multiply_rows` and `multiply_pixels` add up, float sums may differ by their own rounding and no more);
 - optimized against not: integer kernels round where float ones do not, so single steps may differ; the share is
   stated;
 - closed loop (own states) against the float reference, beside open loop (the reference's states fed at every
@@ -53,7 +53,7 @@ class Verify(Pass):
     def _check(self, graph: Graph, context: Context) -> PassResult:
         assert context.reference is not None
         unpacked = context.found.get("pack_columns", graph)
-        summed = context.found.get("multiply_pixels", unpacked)
+        summed = context.found.get("float_sums", unpacked)
         _same_bits(context.found["lower"], summed, context, optimize=False)
         if summed is not unpacked:
             _same_bits(summed, unpacked, context, optimize=True, rounding=ROUNDING)
