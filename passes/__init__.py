@@ -13,6 +13,7 @@ from passes.double_sizes import DoubleSizes
 from passes.equalize import Equalize
 from passes.expose_states import ExposeStates
 from passes.find_closures import FindClosures
+from passes.float_forms import FloatForms
 from passes.floor_pooling import FloorPooling
 from passes.fold_batchnorm import FoldBatchnorm
 from passes.fold_resizes import FoldResizes
@@ -24,7 +25,6 @@ from passes.limit_weights import LimitWeights
 from passes.lower import Lower
 from passes.move_integers import MoveIntegers
 from passes.multiply_pixels import MultiplyPixels
-from passes.multiply_rows import MultiplyRows
 from passes.pack_columns import PackColumns
 from passes.quantize_biases import QuantizeBiases
 from passes.raise_opset import RaiseOpset
@@ -62,7 +62,7 @@ _QUANTIZE: tuple[Pass, ...] = (
     Lower(),
     MoveIntegers(),
     DoubleSizes(),
-    MultiplyRows(),
+    FloatForms(),
     MultiplyPixels(),
     PackColumns(),
     ExposeStates(),

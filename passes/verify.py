@@ -2,7 +2,7 @@
 
 - against the graph that went into `lower`, optimizations off: the same bits, or the compile fails (convolutions that
   `pack_columns` has repacked add up in another order: there it is the integer kernels that must give the same bits;
-  of what `multiply_rows` and `multiply_pixels` add up, float sums may differ by their own rounding and no more);
+  of what `float_forms` and `multiply_pixels` add up, float sums may differ by their own rounding and no more);
 - optimized against not: integer kernels round where float ones do not, so single steps may differ; the share is
   stated;
 - closed loop (own states) against the float reference, beside open loop (the reference's states fed at every

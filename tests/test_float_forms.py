@@ -1,4 +1,4 @@
-"""Float Resizes and means of channels as products of matrices: the same numbers, up to the rounding of their sums."""
+"""Float Resizes, means and residuals in forms the runtime is fast with: the same up to the rounding of their sums."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from onnx_text import apply, load, ops, run
 
 from passes.find_closures import Closures
 from passes.multiply_pixels import MultiplyPixels
-from passes.multiply_rows import MultiplyRows
+from passes.float_forms import FloatForms
 from vmq.graph import Graph
 from vmq.pipeline import Context, run_passes
 from vmq.spec import Options
@@ -45,7 +45,7 @@ def test_a_resize_gives_the_same(shape: tuple[int, ...], factors: tuple[int, int
     after.infer_shapes()
     applies = factors != (1, 1) and all(f == 1 or any(n % b == 0 for b in range(4, 17))
                                         for n, f in zip(shape[2:], factors, strict=True))
-    assert apply(MultiplyRows(), after).modified == applies
+    assert apply(FloatForms(), after).modified == applies
     assert ("Resize" in ops(after)) != applies
     x = noise(shape)
     want, got = run(before, {"x": x})["y"], run(after, {"x": x})["y"]
@@ -60,9 +60,44 @@ def test_a_mean_of_channels_gives_the_same(text: str, axis: int) -> None:
     before.infer_shapes()
     after = before.copy()
     after.infer_shapes()
-    assert apply(MultiplyRows(), after).report == {"Resize": 0, "ReduceMean": 1}
+    assert apply(FloatForms(), after).report == {"Resize": 0, "ReduceMean": 1, "Add": 0}
     x = noise((2, 3, 12, 20))
     assert np.abs(run(after, {"x": x})["y"] - run(before, {"x": x})["y"]).max() <= 4 * EPS * np.abs(x).max()
+
+
+RESIDUAL = """(float[1,3,4,6] a, float[1,3,4,6] b, float[1,3,8,12] x) => (float[1,3,8,12] y)
+    <float[4] f = {1, 1, 2, 2}> {
+    u = Resize <mode = "linear"> (a, , f)
+    v = Resize <mode = "linear"> (b, , f)
+    m = Mul (u, x)
+    t = Add (m, v)
+    y = Add (t, x)
+}"""
+
+
+def test_a_residual_goes_into_what_is_resized() -> None:
+    before, after = load(RESIDUAL), load(RESIDUAL)
+    after.infer_shapes()
+    assert apply(FloatForms(), after).report == {"Resize": 2, "ReduceMean": 0, "Add": 1}
+    assert [list(n.outputs[0].shape)[2:] for n in after.nodes if n.op == "Add"] == [[4, 6], [8, 12]]
+    feeds = {v.name: noise(tuple(v.shape)) for v in before.inputs}
+    want, got = run(before, feeds)["y"], run(after, feeds)["y"]
+    assert np.abs(got - want).max() <= 4 * EPS * np.abs(want).max()
+
+
+@pytest.mark.parametrize(("old", "new"), [
+    ("y = Add (t, x)", "z = Neg (x) y = Add (t, z)"),                         # something else is added
+    ("y = Add (t, x)", "z = Add (t, x) y = Sub (z, t)"),                      # the sum without it is read, too
+    ("m = Mul (u, x)", "w = Neg (u) n = Mul (u, x) m = Add (n, w)"),          # and what is resized
+])
+def test_other_sums_stay(old: str, new: str) -> None:
+    graph = load(RESIDUAL.replace(old, new))
+    graph.infer_shapes()
+    assert apply(FloatForms(), graph).report["Add"] == 0
+    before = load(RESIDUAL.replace(old, new))
+    feeds = {v.name: noise(tuple(v.shape)) for v in before.inputs}
+    want, got = run(before, feeds)["y"], run(graph, feeds)["y"]
+    assert np.abs(got - want).max() <= 4 * EPS * np.abs(want).max()
 
 
 @pytest.mark.parametrize("graph", [
@@ -81,7 +116,7 @@ def test_a_mean_of_channels_gives_the_same(text: str, axis: int) -> None:
 def test_others_stay(graph: Graph) -> None:
     graph.infer_shapes()
     before = graph.to_bytes()
-    assert apply(MultiplyRows(), graph).modified == 0
+    assert apply(FloatForms(), graph).modified == 0
     assert graph.to_bytes() == before
 
 
@@ -89,17 +124,17 @@ def test_what_is_quantized_later_stays() -> None:
     """A sum rounded otherwise could fall on the other side of a half."""
     graph = resize(SHAPE, (2, 2), follow="s = Constant <value_float = 0.5> () z = Constant <value = uint8 {3}> () "
                                          "n = Neg (u) q = QuantizeLinear (n, s, z) y = DequantizeLinear (q, s, z)")
-    assert apply(MultiplyRows(), graph).modified == 0
+    assert apply(FloatForms(), graph).modified == 0
 
 
 def test_other_targets_keep_their_operators() -> None:
     graph = resize(SHAPE, (2, 2))
     context = Context(Options(target=TARGETS["qnn"]), found={"find_closures": Closures((), ())})
-    assert run_passes(graph, [MultiplyRows()], context)[0].modified == 0
+    assert run_passes(graph, [FloatForms()], context)[0].modified == 0
 
 
 def test_verify_is_given_the_graph_before_any_sum_moved() -> None:
     graph = resize(SHAPE, (2, 2))
     context = Context(Options(), found={"find_closures": Closures((), ())})
-    run_passes(graph, [MultiplyRows(), MultiplyPixels()], context)
+    run_passes(graph, [FloatForms(), MultiplyPixels()], context)
     assert ops(context.found["float_sums"]) == ["Resize", "Neg"]

@@ -1,12 +1,13 @@
-"""Write linear Resizes of floats, and means of their channels, as products of matrices.
+"""Write what stays float as operators that the runtime is fast with, where sums in another order change no integer.
 
 A guided filter brings alpha to full size in float: beside a quantized network that is most of a frame's time. The
-runtime computes a Resize and a mean one value at a time, a product of matrices many at a time. Along one axis
+runtime computes a Resize or a mean one value at a time, a product of matrices many at a time.
 
-    u[f i + j] = (1 - t) x[i + k] + t x[i + k + 1]        k + t = (j + 1/2) / f - 1/2,  0 <= t < 1
-
-so f b new values are a matrix [f b, b + 2] times b old ones and a neighbour on each side: one small matrix for all
-blocks of an axis. Columns first, while there are few rows. Sums are those of the operators up to their own rounding.
+    resize     along one axis u[f i + j] = (1 - t) x[i + k] + t x[i + k + 1], k + t = (j + 1/2) / f - 1/2, 0 <= t < 1:
+               f b new values are a matrix [f b, b + 2] times b old ones and a neighbour on each side, the same matrix
+               for all blocks of an axis; columns first, while there are few rows
+    mean       of channels: a row of 1 / C times the channels
+    residual   u x + b + x = (u + 1) x + b, and the 1 is added to u before it is resized
 """
 
 from __future__ import annotations
@@ -29,29 +30,36 @@ SAID = {"mode", "coordinate_transformation_mode", "nearest_mode", "cubic_coeff_a
 """Attributes of a linear Resize that say nothing more of it."""
 
 
-class MultiplyRows(Pass):
-    """Write linear Resizes by whole factors and means of channels as products of matrices, where they stay float."""
+class FloatForms(Pass):
+    """Write Resizes, means and residuals that stay float as operators that the runtime is fast with."""
 
-    name: ClassVar[str] = "multiply_rows"
+    name: ClassVar[str] = "float_forms"
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Leave in `context.found` the graph before floats are added up in another order."""
-        found = [n for n in graph.nodes if context.options.target.integer_layout and (_factors(n) or _averages(n))
-                 and stays_float(n.outputs[0])]
+        found = [n for n in graph.nodes if context.options.target.integer_layout
+                 and (_factors(n) or _averages(n)) and stays_float(n.outputs[0])]
         if found:
             context.found.setdefault("float_sums", graph.copy())
-        resized = sum(n.op == "Resize" for n in found)
+        counts = dict.fromkeys(("Resize", "ReduceMean", "Add"), 0)
         for node in found:
+            counts[node.op] += 1
             x, y = node.inputs[0], node.outputs[0]
-            if node.op == "ReduceMean":
-                x = _average(graph, x, node.name)
-            else:
+            if node.op == "Resize":
+                if _absorbs_residual(graph, node):
+                    one = graph.constant("one", np.asarray(1.0, np.float32))
+                    x = graph.add("Add", [x, one], f"{x.name}_plus", {}, x.shape)
+                    counts["Add"] += 1
                 for axis, factor in sorted(_factors(node).items(), reverse=True):
                     x = _resize(graph, x, axis, factor, node.name)
+            else:
+                x = _average(graph, x, node.name)
             graph.remove(node)
             x.inputs[0].outputs[0] = y
-        graph.sort()
-        return PassResult(modified=len(found), report={"Resize": resized, "ReduceMean": len(found) - resized})
+        if found:
+            graph.cleanup()
+            graph.sort()
+        return PassResult(modified=sum(counts.values()), report=counts)
 
 
 def _factors(node: Any) -> dict[int, int]:
@@ -91,21 +99,48 @@ def _block(length: int) -> int | None:
     return next((b for b in BLOCKS if length % b == 0), None)
 
 
+def _absorbs_residual(graph: Graph, resize: Any) -> bool:
+    """Take x out of u x + b + x, u what a Resize gives; False where that is not what is computed."""
+    product = _only_reader(graph, resize.outputs[0], "Mul")
+    total = product and _only_reader(graph, product.outputs[0], "Add")
+    last = total and _only_reader(graph, total.outputs[0], "Add")
+    if not last:
+        return False
+    (x,) = [v for v in product.inputs if v is not resize.outputs[0]] or [None]
+    if not any(v is x for v in last.inputs) or list(x.shape or ()) != list(resize.outputs[0].shape):
+        return False
+    graph.replace_uses(last.outputs[0], total.outputs[0])
+    return True
+
+
+def _only_reader(graph: Graph, value: Any, op: str) -> Any:
+    """The node of one kind that alone reads a value, if there is one."""
+    alone = len(value.outputs) == 1 and value.outputs[0].op == op and not any(o is value for o in graph.outputs)
+    return value.outputs[0] if alone else None
+
+
 def _resize(graph: Graph, x: Any, axis: int, factor: int, name: str) -> Any:
     """x [N,C,H,W], `factor` times as long along an axis."""
     length, shape = x.shape[axis], list(x.shape)
     block = _block(length)
     assert block is not None
-    count = length // block
-    near = np.arange(0, length, block)[:, None] + np.arange(-1, block + 1)
-    places = graph.constant("places", np.clip(near, 0, length - 1))
-    matrix = _weights(block, factor)
-    parts = [*shape[:axis], count, block + 2, *shape[axis + 1:]]
-    taken = graph.add("Gather", [x, places], f"{name}_blocks", {"axis": axis}, parts)
-    operands = [taken, graph.constant("weights", np.ascontiguousarray(matrix.T))] if axis == 3 else [
-        graph.constant("weights", matrix), taken]
-    parts[axis + 1] = block * factor
-    product = graph.add("MatMul", operands, f"{name}_product", {}, parts)
+    blocks = [*shape[:axis], length // block, block, *shape[axis + 1:]]
+    starts = np.arange(0, length, block)[:, None]
+
+    def taken(places: NDArray[Any]) -> Any:
+        places = np.clip(places, 0, length - 1)
+        return graph.add("Gather", [x, graph.constant("places", places)], f"{name}_blocks", {"axis": axis},
+                         [*shape[:axis], *places.shape, *shape[axis + 1:]])
+
+    weights = _weights(block, factor)
+    if axis == 3:                              # single values are slow to gather: neighbours alone are
+        parts = [taken(starts - 1), _reshape(graph, x, blocks, name), taken(starts + block)]
+        joined = graph.add("Concat", parts, f"{name}_blocks", {"axis": 4}, [*blocks[:4], block + 2])
+        operands = [joined, graph.constant("weights", np.ascontiguousarray(weights.T))]
+    else:
+        operands = [graph.constant("weights", weights), taken(starts + np.arange(-1, block + 1))]
+    blocks[axis + 1] = block * factor
+    product = graph.add("MatMul", operands, f"{name}_product", {}, blocks)
     return _reshape(graph, product, [*shape[:axis], length * factor, *shape[axis + 1:]], name)
 
 
