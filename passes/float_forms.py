@@ -8,6 +8,8 @@ runtime computes a Resize or a mean one value at a time, a product of matrices m
                for all blocks of an axis; columns first, while there are few rows
     mean       of channels: a row of 1 / C times the channels
     residual   u x + b + x = (u + 1) x + b, and the 1 is added to u before it is resized
+    depthwise  convolutions of a few channels, alike and independent, are one of all their channels: the runtime moves
+               channels into blocks of 16 for each; the same bits
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from vmq.pipeline import Context, Pass, PassResult
 
 BLOCKS = range(16, 3, -1)
 """Values of an axis that are multiplied at a time: the largest of these that divides it."""
+BLOCK = 16
+"""Channels that the runtime convolves at a time in float."""
 FEW = 16
 """Channels at most that are averaged by a product."""
 SAID = {"mode", "coordinate_transformation_mode", "nearest_mode", "cubic_coeff_a"}
@@ -31,12 +35,13 @@ SAID = {"mode", "coordinate_transformation_mode", "nearest_mode", "cubic_coeff_a
 
 
 class FloatForms(Pass):
-    """Write Resizes, means and residuals that stay float as operators that the runtime is fast with."""
+    """Write Resizes, means, residuals and depthwise layers that stay float as the runtime is fast with them."""
 
     name: ClassVar[str] = "float_forms"
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Leave in `context.found` the graph before floats are added up in another order."""
+        joined = _join_depthwise(graph) if context.options.target.integer_layout else 0
         found = [n for n in graph.nodes if context.options.target.integer_layout
                  and (_factors(n) or _averages(n)) and stays_float(n.outputs[0])]
         if found:
@@ -59,7 +64,7 @@ class FloatForms(Pass):
         if found:
             graph.cleanup()
             graph.sort()
-        return PassResult(modified=sum(counts.values()), report=counts)
+        return PassResult(modified=sum(counts.values()) + joined, report={**counts, "Conv": joined})
 
 
 def _factors(node: Any) -> dict[int, int]:
@@ -111,6 +116,51 @@ def _absorbs_residual(graph: Graph, resize: Any) -> bool:
         return False
     graph.replace_uses(last.outputs[0], total.outputs[0])
     return True
+
+
+def _join_depthwise(graph: Graph) -> int:
+    """Let depthwise float convolutions that are alike, and none of which reads another, be one; how many there were."""
+    alike: dict[str, list[Any]] = {}
+    for node in graph.nodes:
+        if node.op == "Conv" and len(node.inputs) == 2 and isinstance(node.inputs[1], Constant) and _known(node) \
+                and node.inputs[1].values.shape[:2] == (node.attrs.get("group", 1), 1) == (node.inputs[0].shape[1], 1):
+            settings = {k: v for k, v in node.attrs.items() if k != "group"}
+            alike.setdefault(repr((sorted(settings.items()), node.inputs[0].shape[0], node.inputs[0].shape[2:],
+                                   node.inputs[1].values.shape[2:])), []).append(node)
+    count = 0
+    for nodes in alike.values():
+        behind = {id(n) for node in nodes for n in _behind(node)}
+        nodes = [n for n in nodes if id(n) not in behind]
+        sizes = [n.inputs[0].shape[1] for n in nodes]
+        if len(nodes) < 2 or sum(sizes) > BLOCK:
+            continue
+        first = nodes[0]
+        shape = [first.inputs[0].shape[0], sum(sizes), *first.inputs[0].shape[2:]]
+        x = graph.add("Concat", [n.inputs[0] for n in nodes], f"{first.name}_joined", {"axis": 1}, shape)
+        weight = graph.constant("weights", np.concatenate([n.inputs[1].values for n in nodes]))
+        y = graph.add("Conv", [x, weight], f"{first.name}_together", {**first.attrs, "group": sum(sizes)},
+                      [shape[0], sum(sizes), *first.outputs[0].shape[2:]])
+        parts = [n.outputs[0] for n in nodes]
+        for node in nodes:
+            graph.remove(node)
+        split = graph.add("Split", [y, graph.constant("sizes", np.asarray(sizes, np.int64))], parts[0], {"axis": 1})
+        split.inputs[0].outputs.extend(parts[1:])
+        count += len(nodes)
+    if count:
+        graph.sort()
+    return count
+
+
+def _behind(node: Any) -> list[Any]:
+    """All nodes that need what a node gives."""
+    todo, found, seen = [node], list[Any](), set[int]()
+    while todo:
+        for reader in (r for v in todo.pop().outputs for r in v.outputs):
+            if id(reader) not in seen:
+                seen.add(id(reader))
+                found.append(reader)
+                todo.append(reader)
+    return found
 
 
 def _only_reader(graph: Graph, value: Any, op: str) -> Any:

@@ -1,4 +1,4 @@
-"""Float Resizes, means and residuals in forms the runtime is fast with: the same up to the rounding of their sums."""
+"""Floats in forms that the runtime is fast with: the same up to the rounding of their sums."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from onnx_text import apply, load, ops, run
 
 from passes.find_closures import Closures
-from passes.multiply_pixels import MultiplyPixels
 from passes.float_forms import FloatForms
+from passes.multiply_pixels import MultiplyPixels
 from vmq.graph import Graph
 from vmq.pipeline import Context, run_passes
 from vmq.spec import Options
@@ -60,7 +60,7 @@ def test_a_mean_of_channels_gives_the_same(text: str, axis: int) -> None:
     before.infer_shapes()
     after = before.copy()
     after.infer_shapes()
-    assert apply(FloatForms(), after).report == {"Resize": 0, "ReduceMean": 1, "Add": 0}
+    assert apply(FloatForms(), after).report == {"Resize": 0, "ReduceMean": 1, "Add": 0, "Conv": 0}
     x = noise((2, 3, 12, 20))
     assert np.abs(run(after, {"x": x})["y"] - run(before, {"x": x})["y"]).max() <= 4 * EPS * np.abs(x).max()
 
@@ -78,7 +78,7 @@ RESIDUAL = """(float[1,3,4,6] a, float[1,3,4,6] b, float[1,3,8,12] x) => (float[
 def test_a_residual_goes_into_what_is_resized() -> None:
     before, after = load(RESIDUAL), load(RESIDUAL)
     after.infer_shapes()
-    assert apply(FloatForms(), after).report == {"Resize": 2, "ReduceMean": 0, "Add": 1}
+    assert apply(FloatForms(), after).report == {"Resize": 2, "ReduceMean": 0, "Add": 1, "Conv": 0}
     assert [list(n.outputs[0].shape)[2:] for n in after.nodes if n.op == "Add"] == [[4, 6], [8, 12]]
     feeds = {v.name: noise(tuple(v.shape)) for v in before.inputs}
     want, got = run(before, feeds)["y"], run(after, feeds)["y"]
@@ -98,6 +98,48 @@ def test_other_sums_stay(old: str, new: str) -> None:
     feeds = {v.name: noise(tuple(v.shape)) for v in before.inputs}
     want, got = run(before, feeds)["y"], run(graph, feeds)["y"]
     assert np.abs(got - want).max() <= 4 * EPS * np.abs(want).max()
+
+
+BOXES = """(float[1,4,9,12] x, float[1,4,9,12] y) => (float[1,4,9,12] out)
+    <float[4,1,3,3] w = {WEIGHTS}, float[4,1,3,3] v = {WEIGHTS}> {
+    a = Conv <group = 4, pads = [1, 1, 1, 1]> (x, w)
+    b = Conv <group = 4, pads = [1, 1, 1, 1]> (y, v)
+    xy = Mul (x, y)
+    c = Conv <group = 4, pads = [1, 1, 1, 1]> (xy, w)
+    m = Mul (a, b)
+    out = Sub (c, m)
+}""".replace("WEIGHTS", ",".join(str(n % 7 / 8) for n in range(36)))
+
+
+def test_depthwise_layers_that_are_alike_become_one() -> None:
+    before, after = load(BOXES), load(BOXES)
+    after.infer_shapes()
+    assert apply(FloatForms(), after).report["Conv"] == 3
+    assert ops(after).count("Conv") == 1
+    feeds = {v.name: noise(tuple(v.shape)) for v in before.inputs}
+    assert np.array_equal(run(after, feeds)["out"], run(before, feeds)["out"])
+
+
+@pytest.mark.parametrize(("old", "new", "joined"), [
+    ("b = Conv <group = 4, pads = [1, 1, 1, 1]> (y, v)", "b = Conv <group = 4, pads = [1, 1, 1, 1]> (a, v)", 2),
+    ("b = Conv <group = 4, pads = [1, 1, 1, 1]> (y, v)",
+     "b = Conv <group = 4, pads = [2, 2, 2, 2], dilations = [2, 2]> (y, v)", 2),
+    ("xy = Mul (x, y)", "xy = Mul (a, b)", 2),                                # c reads what a and b give
+])
+def test_only_independent_layers_that_are_alike_become_one(old: str, new: str, joined: int) -> None:
+    before, after = (load(BOXES.replace(old, new)) for _ in range(2))
+    after.infer_shapes()
+    assert apply(FloatForms(), after).report["Conv"] == joined
+    feeds = {v.name: noise(tuple(v.shape)) for v in before.inputs}
+    assert np.array_equal(run(after, feeds)["out"], run(before, feeds)["out"])
+
+
+def test_more_channels_than_a_block_stay_apart() -> None:
+    text = BOXES.replace("4,9,12", "8,9,12").replace("[4,1,3,3]", "[8,1,3,3]").replace("group = 4", "group = 8")
+    weights = ",".join(str(n % 7 / 8) for n in range(36))
+    graph = load(text.replace(weights, ",".join(str(n % 7 / 8) for n in range(72))))
+    graph.infer_shapes()
+    assert apply(FloatForms(), graph).report["Conv"] == 0
 
 
 @pytest.mark.parametrize("graph", [
