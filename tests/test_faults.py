@@ -200,6 +200,16 @@ def test_footage_that_goes_away():
     assert left() == set()
 
 
+def test_footage_behind_a_link_that_changes_underneath(work: Path):
+    (work / "footage").rename(work / "real")
+    (work / "footage").mkdir()
+    for folder in (work / "real").iterdir():
+        (work / "footage" / folder.name).symlink_to(folder)
+    with pytest.raises(MediaError, match=r"footage.*\.png changed while .* nothing was written"):
+        compiled(observers=[Meddler(lambda _: overwrite(sorted((work / "real").rglob("*.png"))))])
+    assert left() == {"real"}
+
+
 def test_what_was_learned_on_other_footage_is_not_resumed():
     with pytest.raises(MediaError):
         compiled("blocks.toml", observers=[Meddler(overwrite)])

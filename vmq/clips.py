@@ -148,10 +148,14 @@ def open_clips(paths: Iterable[str | Path], size: Size | None = None) -> list[Cl
 
 
 def fingerprint(paths: Iterable[str | os.PathLike[str]]) -> dict[str, tuple[int, int]]:
-    """Size and time of last change (ns) of every picture and video that the paths hold, by its absolute path."""
+    """Size and time of last change (ns) of every picture and video that the paths hold, by its absolute path.
+
+    As deep as `open_clips` looks, and like it through linked folders; so no link leads it in circles.
+    """
     found = {}
     for path in (Path(p).absolute() for p in paths):
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        levels = ("*", "*/*", "*/*/*")                   # set/clip/com/0000.png
+        for file in [f for level in levels for f in path.glob(level)] if path.is_dir() else [path]:
             if file.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
                 with contextlib.suppress(OSError):       # gone: that is a change as well
                     stat = file.stat()
