@@ -59,6 +59,10 @@ def test_external_data_stay_in_the_folder_and_are_bounded(tmp_path: Path):
             Graph.load(external(tmp_path, **entries))
     model = onnx.load(external(tmp_path), load_external_data=False)
     next(i for i in model.graph.initializer if i.name == "w0").dims[0] = 10**9
+    assert Graph.load(external(tmp_path, length="864")).value("w0").values.shape == (8, 3, 3, 3)
+    for length in ("300000000", "863", "0"):
+        with pytest.raises(ModelError, match=rf"'w0' has 864 bytes by its type and shape, and {length} by its length"):
+            Graph.load(external(tmp_path, length=length))
     path.write_bytes(model.SerializeToString())
     with pytest.raises(ModelError, match=r"its external data are 108\.0 GB, more than"):
         Graph.load(path)
