@@ -95,6 +95,19 @@ def test_a_picture_that_claims_to_be_huge(tmp_path: Path):
 
 def test_a_png_whose_checksums_are_wrong(tmp_path: Path):
     """OpenCV would give other pixels, or print what libpng thinks of them."""
+def test_a_picture_of_too_many_bytes(tmp_path: Path):
+    good = fuzz.cv2.imencode(".png", np.zeros((32, 48, 3), np.uint8))[1].tobytes()
+    for name in ("0.png", "1.png"):
+        (tmp_path / name).write_bytes(good)
+    clip, = open_clips([tmp_path])
+    os.truncate(tmp_path / "1.png", 64_000_000_000)           # sparse
+    with pytest.raises(MediaError, match=r"1\.png has 64\.0 GB, and a picture at most 0\.5: replace"):
+        list(clip.frames())
+    os.truncate(tmp_path / "0.png", 64_000_000_000)
+    with pytest.raises(MediaError, match=r"0\.png has 64\.0 GB"):
+        open_clips([tmp_path])
+
+
     good = fuzz.cv2.imencode(".png", np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8))[1].tobytes()
     (tmp_path / "a.png").write_bytes(good)
     assert len(open_clips([tmp_path / "a.png"])) == 1

@@ -60,6 +60,8 @@ VIDEO_SUFFIXES = frozenset({
 })
 _logging: Any = cv2 if hasattr(cv2, "setLogLevel") else cv2.utils.logging  # OpenCV 4, OpenCV 5
 DEFAULT_FPS = 25.0
+LARGEST = 8 << 26
+"""Bytes of a picture's file, at most: as many pixels as are read above, uncompressed, of four 16-bit channels."""
 _WANTED = "a video, a folder of frames, or a folder with com/ and pha/"
 
 
@@ -338,9 +340,13 @@ def _sums_are_right(png: bytes) -> bool:
 
 
 def _content(path: Path, most: int = -1) -> bytes:
-    """All of a file, or its first bytes."""
+    """All of a picture's file, or the first bytes of any."""
     try:
         with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if most < 0 and size > LARGEST:
+                raise MediaError(f"{path} has {size / 1e9:.1f} GB, and a picture at most {LARGEST / 1e9:.1f}: replace "
+                                 "or remove the file")
             return file.read(most)
     except OSError as error:
         raise MediaError(f"{path} cannot be read ({error.strerror}): check the file") from error
