@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import tiny_matting
 
 import vmq
 from vmq.checkpoint import Checkpoint
+from vmq.cli import main
 from vmq.clips import open_clips
 from vmq.errors import MediaError, ModelError
 from vmq.graph import Graph
@@ -114,6 +116,14 @@ def test_a_picture_of_too_many_bytes(tmp_path: Path):
     (tmp_path / "a.png").write_bytes(good[:100] + bytes([good[100] ^ 1]) + good[101:])
     with pytest.raises(MediaError, match=r"a\.png is damaged \(\d+ bytes\): replace"):
         open_clips([tmp_path / "a.png"])
+
+
+def test_a_model_for_huge_frames(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    onnx.save(tiny_matting.model((30_000, 30_000)), tmp_path / "m.onnx")
+    assert main(["compile", str(tmp_path / "m.onnx"), "-o", str(tmp_path / "out.onnx"), "-q"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "is made for frames of 30000x30000, and that is more than vmq takes" in said
 
 
 def test_pickles_are_never_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -172,6 +172,16 @@ def test_damaged_metadata(text: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 25), (3, 15, 24), (1, 16, 24), (16, 24)])
+@pytest.mark.parametrize(("size", "said"), [((30_000, 30_000), "30000x30000, .*more than 16384 pixels a side"),
+                                            (("h", 20_000), "20000xany, .*16384 pixels"),
+                                            ((8000, 8000), "8000x8000, .*more than 33.6 million pixels")])
+def test_a_model_for_huge_frames(size: tuple[object, object], said: str) -> None:
+    """Said when it is opened, before anything of that size is made."""
+    with pytest.raises(ModelError, match=f"is made for frames of {said}.*export it for a smaller size"):
+        session(tiny.model(size))
+    session(tiny.model((4320, 7680)))
+
+
 def test_frames_of_another_shape(shape: tuple[int, ...]) -> None:
     with pytest.raises(MediaError, match="takes frames of 24x16"):
         session(tiny.model()).step(np.zeros(shape, np.uint8))

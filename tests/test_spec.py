@@ -145,6 +145,7 @@ def test_recipes_that_are_not_there(tmp_path: Path) -> None:
     ({"seed": -1}, "--seed -1: give 0 or more"),
 ])
 def test_bad_options(option: dict[str, Any], said: str) -> None:
+    ({"size": (16_384, 16_384)}, "give 16 to 16384 pixels a side, and at most 33.6 million"),
     with pytest.raises(OptionError) as error:
         Options(**option)
     assert said in one_line(error)

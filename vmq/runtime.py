@@ -26,7 +26,7 @@ from vmq.clips import to_float
 from vmq.errors import MediaError, ModelError, OptionError
 from vmq.graph import Graph
 from vmq.quant import quantize
-from vmq.spec import Normalization, QuantSpec
+from vmq.spec import Normalization, QuantSpec, check_size
 from vmq.states import StatePair, pair_states
 
 STATES_KEY = "vmq.states"
@@ -68,7 +68,7 @@ class Session:
         normalization: what the model takes, where its metadata do not say; default: RGB in 0..1.
 
     Raises:
-        ModelError: the model cannot be read or run, or has no input that takes a frame.
+        ModelError: the model cannot be read or run, or has no input that takes a frame, or takes only a huge one.
     """
 
     def __init__(self, model: str | os.PathLike[str] | bytes | Graph, *, threads: int = 0, optimize: bool = True,
@@ -87,6 +87,9 @@ class Session:
         self._shapes = {i.name: [d if isinstance(d, int) else None for d in i.shape]
                         for i in self._session.get_inputs()}
         self.frame_input = self._find_frame()
+        if wrong := check_size(self.size):
+            raise ModelError(f"{self.label} is made for frames of {self.size[1] or 'any'}x{self.size[0] or 'any'}, and "
+                             f"that is more than vmq takes: {wrong}; export it for a smaller size")
         loose = any(d is None for name in self._states for d in self._shapes[name])
         self._loose = graph.copy() if loose else None
         self._constants = self._find_constants(downsample_ratio)

@@ -71,6 +71,20 @@ class QuantSpec:
 
 
 DEVICES = ("cpu", "cuda")
+SIDE = 16384
+"""Pixels of a frame's side, at most."""
+PIXELS = 1 << 25
+"""Pixels of a frame, at most: a little more than 8K has."""
+
+
+def check_size(size: tuple[int | None, int | None]) -> str:
+    """In which way a frame of (height, width) pixels, None where that is free, is too large; empty if it is not."""
+    known = [n or 1 for n in size]
+    if max(known) > SIDE:
+        return f"more than {SIDE} pixels a side"
+    return f"more than {PIXELS / 1e6:.1f} million pixels" if math.prod(known) > PIXELS else ""
+
+
 """Where learning computes."""
 STATES = ("float32", "uint8")
 """Types that recurrent states may have between frames."""
@@ -500,8 +514,9 @@ class Options:
         if self.container not in self.target.containers:
             raise OptionError(f"--container {self.container} is not known for --target {self.target.name}; give one of "
                               f"{', '.join(self.target.containers)}")
-        if self.size is not None and not all(16 <= n <= 16384 for n in self.size):
-            raise OptionError(f"--size {self.size[1]}x{self.size[0]} is out of range; give 16 to 16384 pixels a side")
+        if self.size is not None and (min(self.size) < 16 or check_size(self.size)):
+            raise OptionError(f"--size {self.size[1]}x{self.size[0]} is out of range; give 16 to {SIDE} pixels a side, "
+                              f"and at most {PIXELS / 1e6:.1f} million in all")
         if self.downsample_ratio is not None and not 0.0 < self.downsample_ratio <= 1.0:
             raise OptionError(f"--downsample-ratio {self.downsample_ratio} is out of range; give above 0 to 1")
         if self.seed < 0:
