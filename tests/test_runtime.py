@@ -163,7 +163,8 @@ def test_pairs_from_metadata_and_by_hand() -> None:
     assert Session(graph, threads=1, pairs={"last": "next"}).state_pairs == (StatePair("last", "next"),)
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "3", "null", '{"last": "gone"}', '{"gone": "next"}'])
+@pytest.mark.parametrize("text", ["{", "[1]", "3", "null", '{"last": "gone"}', '{"gone": "next"}',
+                                  pytest.param("[" * 100_000, id="deep")])
 def test_damaged_metadata(text: str) -> None:
     graph = Graph.load(tiny.model())
     graph.metadata[STATES_KEY] = text
@@ -171,7 +172,6 @@ def test_damaged_metadata(text: str) -> None:
         Session(graph, threads=1)
 
 
-@pytest.mark.parametrize("shape", [(3, 16, 25), (3, 15, 24), (1, 16, 24), (16, 24)])
 @pytest.mark.parametrize(("size", "said"), [((30_000, 30_000), "30000x30000, .*more than 16384 pixels a side"),
                                             (("h", 20_000), "20000xany, .*16384 pixels"),
                                             ((8000, 8000), "8000x8000, .*more than 33.6 million pixels")])
@@ -182,6 +182,7 @@ def test_a_model_for_huge_frames(size: tuple[object, object], said: str) -> None
     session(tiny.model((4320, 7680)))
 
 
+@pytest.mark.parametrize("shape", [(3, 16, 25), (3, 15, 24), (1, 16, 24), (16, 24)])
 def test_frames_of_another_shape(shape: tuple[int, ...]) -> None:
     with pytest.raises(MediaError, match="takes frames of 24x16"):
         session(tiny.model()).step(np.zeros(shape, np.uint8))

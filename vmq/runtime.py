@@ -275,7 +275,7 @@ def pairs_of(graph: Graph, pairs: Mapping[str, str] | None) -> tuple[StatePair, 
     if GRIDS_KEY in graph.metadata or (not pairs and STATES_KEY in graph.metadata):
         try:
             found = tuple(StatePair(str(i), str(o)) for i, o in dict(json.loads(graph.metadata[STATES_KEY])).items())
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ModelError(f"the model's metadata {STATES_KEY} is damaged: {error}") from error
         inputs, outputs = {v.name for v in graph.inputs}, {v.name for v in graph.outputs}
         for pair in found:
@@ -298,7 +298,7 @@ def state_grids(graph: Graph) -> dict[str, tuple[float, int]]:
                  for name, g in dict(json.loads(graph.metadata.get(GRIDS_KEY, "{}"))).items()}
         if not all(name in inputs and scale > 0.0 and 0 <= zero <= 255 for name, (scale, zero) in grids.items()):
             raise ValueError("it names what is no input, or no grid of uint8")
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ModelError(f"the model's metadata {GRIDS_KEY} is damaged: {error}") from error
     return grids
 
@@ -312,7 +312,7 @@ def normalization_of(graph: Graph) -> Normalization | None:
     said = graph.metadata.get(NORMALIZATION_KEY)
     try:
         return None if said is None else Normalization(**{k: tuple(map(float, v)) for k, v in json.loads(said).items()})
-    except (ValueError, TypeError, AttributeError, OptionError) as error:
+    except (ValueError, TypeError, AttributeError, OptionError, RecursionError) as error:
         raise ModelError(f"the model's metadata {NORMALIZATION_KEY} is damaged: {error}") from error
 
 
