@@ -94,6 +94,12 @@ def test_two_compiles_into_one_place(target: str):
     assert left() == {"out.onnx", "other.onnx", *options}
 
 
+def test_file_and_dump_of_one_name():
+    with pytest.raises(OutputError, match=r"-o out\.onnx and --dump \./out\.onnx are one name; .* give it another"):
+        compiled(dump="./out.onnx")
+    assert left() == set()
+
+
 def test_a_lock_goes_with_its_file(tmp_path: Path):
     with locked([tmp_path / "a", tmp_path / "b"]):
         assert {".a.lock", ".b.lock"} <= left()
