@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, ClassVar
@@ -146,8 +148,6 @@ def test_a_second_compile_replaces_the_first(tmp_path: Path) -> None:
     assert all((tmp_path / name).read_text() == "mine" for name in own)
 
 
-@pytest.mark.parametrize("foreign", ["holiday.jpg", "00_input.onnx", "pipeline.json"])
-@pytest.mark.parametrize("content", ["mine", "[]", "{}", '{"files": 3}'])
 def test_what_a_kill_leaves_is_not_in_the_way(tmp_path: Path) -> None:
     (tmp_path / ".pipeline.json.x7y8z9").write_bytes(b"{")
     Dump(tmp_path)
@@ -174,6 +174,8 @@ def test_broken_files_of_a_dump_are_named(name: str, tmp_path: Path) -> None:
             inspect_dump(tmp_path)
 
 
+@pytest.mark.parametrize("foreign", ["holiday.jpg", "00_input.onnx", "pipeline.json"])
+@pytest.mark.parametrize("content", ["mine", "[]", "{}", '{"files": 3}'])
 def test_foreign_folders_are_refused(tmp_path: Path, foreign: str, content: str) -> None:
     (tmp_path / foreign).write_text(content)
     with pytest.raises(OutputError, match=re.escape(f"{tmp_path} holds files that are no dump; give")) as error:
