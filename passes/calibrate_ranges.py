@@ -1,7 +1,7 @@
 """Give every quantizer its scale and zero point.
 
 The float reference runs over all calibration clips frame after frame with its own recurrent state, so that warm
-states are seen as often as they occur. Of every tensor the extremes and a fixed number of samples are kept,
+states are seen as often as they occur. Of every tensor the extremes and a bounded number of samples are kept,
 whatever the number of frames; the range is the one with the smallest mean of |error|^p (vmq/quant.py). Where an
 elementwise function alone reads a tensor (hardswish, sigmoid, ...), the error is that of the function's result.
 Weights get one scale per output channel by the same search.
@@ -35,6 +35,10 @@ MANTISSA = 12
 """Significant bits of a scale."""
 COARSEST = 100
 """A scale that is fewer units than this stays as it is."""
+LEAST = 64
+"""Samples of a tensor that are kept of a frame, at least, ..."""
+FRAMES = 2048
+"""... on so many frames; of longer footage every second frame's are kept, or every third's, and so on."""
 
 
 class CalibrateRanges(Pass):
@@ -118,10 +122,12 @@ class _Seen:
     def __init__(self, per_frame: int) -> None:
         self.low, self.high, self._per_frame, self._kept = np.inf, -np.inf, per_frame, list[NDArray[np.float32]]()
 
-    def add(self, values: NDArray[Any], *seed: int) -> None:
+    def add(self, values: NDArray[Any], *seed: int, keep: bool = True) -> None:
         """Keep some values of a frame: where they stand depends on the seed and the tensor's size alone."""
         flat = values.ravel()
         self.low, self.high = min(self.low, float(flat.min())), max(self.high, float(flat.max()))
+        if not keep:
+            return
         if flat.size > self._per_frame:
             flat = flat[np.random.default_rng((*seed, flat.size)).integers(0, flat.size, self._per_frame)]
         self._kept.append(flat.astype(np.float32))
@@ -148,12 +154,14 @@ class _Seen:
 def _observe(reference: Graph, names: list[str], context: Context, samples: int) -> dict[str, _Seen]:
     """Run the reference over all clips and watch the tensors called `names`."""
     total = sum(len(c) for c in context.clips)
+    per_frame = max(LEAST, samples // total)
+    every = -(-per_frame * total // max(samples, LEAST * FRAMES))
     session = Session(reference, pairs=context.options.pairs, extra=names, device=context.options.device)
     inputs = {v.name for v in reference.inputs}
     starts = np.cumsum([0, *(len(c) for c in context.clips)])
 
     def watch(number: int) -> dict[str, _Seen]:
-        seen = {name: _Seen(max(64, samples // total)) for name in names}
+        seen = {name: _Seen(per_frame) for name in names}
         session.reset()
         for place, frame in enumerate(context.clips[number].frames(), int(starts[number])):
             fed = session.feeds(frame)
@@ -163,7 +171,7 @@ def _observe(reference: Graph, names: list[str], context: Context, samples: int)
                 if not np.isfinite(values).all():
                     raise PassError(f"{name} becomes NaN or infinite in frame {place} of the calibration, in float "
                                     "already; check the model and the clip")
-                seen[name].add(values, context.options.seed, place)
+                seen[name].add(values, context.options.seed, place, keep=place % every == 0)
             context.progress("running the calibration clips", (place + 1) / total)
         return seen
 

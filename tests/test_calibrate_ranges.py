@@ -9,12 +9,14 @@ import pytest
 from compiling import SIZE, clips, network, run_to
 from tiny_recurrent import read
 
+from passes import calibrate_ranges
 from vmq.clips import Clip
 from vmq.errors import PassError
 from vmq.graph import Graph
 from vmq.pipeline import Context
 from vmq.quant import FUNCTIONS
 from vmq.runtime import Session
+from vmq.spec import Options
 
 
 def quantizer(graph: Graph, name: str) -> Any:
@@ -120,6 +122,22 @@ def test_the_same_seed_gives_the_same_ranges_and_frames_count():
     assert sum(len(c) for c in context.clips) == 8
 
 
+@pytest.mark.parametrize(("frames", "samples", "kept"), [
+    (7, 512, 7 * 73), (8, 512, 8 * 64), (8, 100, 8 * 64), (9, 512, 5 * 64), (30, 512, 8 * 64), (30, 4096, 30 * 136)])
+def test_the_number_of_samples_is_bounded(frames: int, samples: int, kept: int, monkeypatch: pytest.MonkeyPatch):
+    """Of long footage every k-th frame's are kept, and the extremes of all."""
+    def light(start: int, stop: int | None) -> Any:
+        for number in range(frames)[start:stop]:
+            yield np.full((3, *SIZE), 255 if number == 1 else 100, np.uint8)
+
+    monkeypatch.setattr(calibrate_ranges, "FRAMES", 8)
+    context = Context(Options(), [Clip("light", 25.0, SIZE, frames, light)])
+    seen = calibrate_ranges._observe(network(), ["src"], context, samples)["src"]
+    assert seen.samples.size == kept
+    assert seen.high == 1.0
+    assert kept <= max(samples, 8 * 64)
+
+
 def test_a_bias_too_large_for_its_steps_widens_the_weight_scale():
     graph = network()
     graph.value("w5b").values = np.full(8, 1e7, np.float32)
@@ -146,7 +164,6 @@ def test_no_frames_is_an_error():
 def test_progress_reaches_the_end():
     from passes import PIPELINE
     from vmq.pipeline import run_passes
-    from vmq.spec import Options
     seen: list[tuple[str, float]] = []
     context = Context(Options(), clips(1, 2), progress=lambda what, share: seen.append((what, share)))
     last = [p.name for p in PIPELINE].index("calibrate_ranges")

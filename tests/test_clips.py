@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from vmq.clips import Clip, open_camera, open_clips, open_writer, sample_clips, to_float
+from vmq.clips import Clip, fingerprint, open_camera, open_clips, open_writer, sample_clips, to_float
 from vmq.errors import MediaError, OutputError
 
 Frame = NDArray[np.uint8]
@@ -224,6 +224,25 @@ def test_frames_of_varying_size_are_refused_when_they_come(tmp_path: Path) -> No
     for size in (None, (12, 20)):
         with pytest.raises(MediaError, match=r"1\.png is 42x24 but .*0\.png is 40x24"):
             list(only(tmp_path, size).frames())
+
+
+def test_a_fingerprint_holds_what_the_clips_open(tmp_path: Path) -> None:
+    """Behind linked folders, too, and a link that leads back up does not lead in circles."""
+    put_composites(tmp_path / "elsewhere", 2)
+    put(tmp_path / "else" / "a.png", picture(0))
+    footage = tmp_path / "set"
+    footage.mkdir()
+    (footage / "composites").symlink_to(tmp_path / "elsewhere")
+    (footage / "frames").symlink_to(tmp_path / "else")
+    (footage / "up").symlink_to(footage)
+    opened = {"composites/com/0000.png", "composites/com/0001.png", "composites/pha/0000.png",
+              "composites/pha/0001.png", "frames/a.png"}
+    before = fingerprint([footage])
+    assert opened <= {name.removeprefix(f"{footage}/") for name in before}
+    (tmp_path / "else" / "a.png").write_bytes(b"other")
+    after = fingerprint([footage])
+    assert {name.rpartition("/")[2] for name in after if after[name] != before[name]} == {"a.png"}
+    assert list(fingerprint([footage / "frames" / "a.png"])) == [f"{footage}/frames/a.png"]
 
 
 def test_a_camera_that_is_not_there(capfd: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,8 @@ from compiling import clips, network
 from test_resume import TINY
 
 import vmq
+from tools import determinism
+from vmq.graph import Graph
 from vmq.spec import EFFORTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,6 +30,21 @@ def test_the_same_bytes_twice(recipe: str, monkeypatch: pytest.MonkeyPatch, tmp_
             for _ in range(2)]
     assert made[0] == made[1]
     assert made[0] == (tmp_path / "out.onnx").read_bytes()
+
+
+def test_processors_that_are_not_here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(determinism.os, "sched_getaffinity", lambda _: {0, 1, 5})
+    for count in ("4", "1"):
+        assert determinism.main(["--processors", count, "none.onnx"]) == 2
+        assert f"error: --processors {count}: 3 can be used here" in capsys.readouterr().err
+    def compile_on(processors: int, *_: object) -> Graph:
+        asked.append(processors)
+        return network()
+
+    asked: list[int] = []
+    monkeypatch.setattr(determinism, "compile_on", compile_on)
+    assert determinism.main(["--processors", "3", "none.onnx"]) == 0
+    assert asked == [1, 1, 3, 3]
 
 
 MEMORY = f"""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, ClassVar
@@ -144,6 +146,32 @@ def test_a_second_compile_replaces_the_first(tmp_path: Path) -> None:
     dump(tmp_path, Find())
     assert set(names(tmp_path)) == own | {"00_input.onnx", "00_input.txt", "01_find.json", "pipeline.json"}
     assert all((tmp_path / name).read_text() == "mine" for name in own)
+
+
+def test_what_a_kill_leaves_is_not_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / ".pipeline.json.x7y8z9").write_bytes(b"{")
+    Dump(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pipeline.json", "01_first.json", "probe.npz"])
+def test_broken_files_of_a_dump_are_named(name: str, tmp_path: Path) -> None:
+    entry = {"index": 1, "name": "first", "modified": 0, "seconds": 0.1, "model": None}
+    files = {"pipeline.json": {"finished": True, "passes": [entry], "options": {"pairs": {}}},
+             "01_first.json": {"report": {}, "notes": []}}
+    whole = {**{n: json.dumps(content).encode() for n, content in files.items()}, "probe.npz": b""}
+    with io.BytesIO() as probe:
+        np.savez(probe, frames=np.zeros((2, 3, 16, 24), np.uint8))
+        whole["probe.npz"] = probe.getvalue()
+    for content in (b"[" * 100_000, b"{}", b"[1]", b"null", b"\xff", b"", whole["probe.npz"][:200], None, *(
+            [json.dumps(files["pipeline.json"] | {"passes": [entry | {"seconds": "x"}]}).encode()] * (name[0] == "p"))):
+        for file, good in whole.items():
+            (tmp_path / file).write_bytes(good)
+        if content is None:
+            os.truncate(tmp_path / name, 64_000_000_000)
+        else:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(MediaError, match=name.replace(".", r"\.")):
+            inspect_dump(tmp_path)
 
 
 @pytest.mark.parametrize("foreign", ["holiday.jpg", "00_input.onnx", "pipeline.json"])

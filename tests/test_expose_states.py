@@ -148,7 +148,7 @@ def test_the_command_line_handles_such_states_by_itself(tmp_path: Path, capsys: 
 def test_damaged_metadata() -> None:
     _, exposed = pair()
     for text in ("[", "3", '{"r": 1}', '{"x": {"scale": 1.0, "zero_point": 1}}',
-                 '{"r": {"scale": 0, "zero_point": 1}}'):
+                 '{"r": {"scale": 0, "zero_point": 1}}', "[" * 100_000):
         exposed.metadata[GRIDS_KEY] = text
         with pytest.raises(ModelError, match=r"metadata vmq\.quantized_states is damaged"):
             Session(exposed)

@@ -94,6 +94,12 @@ def test_two_compiles_into_one_place(target: str):
     assert left() == {"out.onnx", "other.onnx", *options}
 
 
+def test_file_and_dump_of_one_name():
+    with pytest.raises(OutputError, match=r"-o out\.onnx and --dump \./out\.onnx are one name; .* give it another"):
+        compiled(dump="./out.onnx")
+    assert left() == set()
+
+
 def test_a_lock_goes_with_its_file(tmp_path: Path):
     with locked([tmp_path / "a", tmp_path / "b"]):
         assert {".a.lock", ".b.lock"} <= left()
@@ -192,6 +198,16 @@ def test_footage_that_changes_underneath(act: Any):
     with pytest.raises(MediaError, match=r"footage.*\.png changed while .* nothing was written"):
         compiled(observers=[Meddler(act)])
     assert Path("out.onnx").read_bytes() == b"precious"
+
+
+def test_footage_behind_a_link_that_changes_underneath(work: Path):
+    (work / "footage").rename(work / "real")
+    (work / "footage").mkdir()
+    for folder in (work / "real").iterdir():
+        (work / "footage" / folder.name).symlink_to(folder)
+    with pytest.raises(MediaError, match=r"footage.*\.png changed while .* nothing was written"):
+        compiled(observers=[Meddler(lambda _: overwrite(sorted((work / "real").rglob("*.png"))))])
+    assert left() == {"real"}
 
 
 def test_footage_that_goes_away():

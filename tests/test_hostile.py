@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import tiny_matting
 
 import vmq
 from vmq.checkpoint import Checkpoint
+from vmq.cli import main
 from vmq.clips import open_clips
 from vmq.errors import MediaError, ModelError
 from vmq.graph import Graph
@@ -59,6 +61,10 @@ def test_external_data_stay_in_the_folder_and_are_bounded(tmp_path: Path):
             Graph.load(external(tmp_path, **entries))
     model = onnx.load(external(tmp_path), load_external_data=False)
     next(i for i in model.graph.initializer if i.name == "w0").dims[0] = 10**9
+    assert Graph.load(external(tmp_path, length="864")).value("w0").values.shape == (8, 3, 3, 3)
+    for length in ("300000000", "863", "0"):
+        with pytest.raises(ModelError, match=rf"'w0' has 864 bytes by its type and shape, and {length} by its length"):
+            Graph.load(external(tmp_path, length=length))
     path.write_bytes(model.SerializeToString())
     with pytest.raises(ModelError, match=r"its external data are 108\.0 GB, more than"):
         Graph.load(path)
@@ -91,12 +97,33 @@ def test_a_picture_that_claims_to_be_huge(tmp_path: Path):
 
 def test_a_png_whose_checksums_are_wrong(tmp_path: Path):
     """OpenCV would give other pixels, or print what libpng thinks of them."""
+def test_a_picture_of_too_many_bytes(tmp_path: Path):
+    good = fuzz.cv2.imencode(".png", np.zeros((32, 48, 3), np.uint8))[1].tobytes()
+    for name in ("0.png", "1.png"):
+        (tmp_path / name).write_bytes(good)
+    clip, = open_clips([tmp_path])
+    os.truncate(tmp_path / "1.png", 64_000_000_000)           # sparse
+    with pytest.raises(MediaError, match=r"1\.png has 64\.0 GB, and a picture at most 0\.5: replace"):
+        list(clip.frames())
+    os.truncate(tmp_path / "0.png", 64_000_000_000)
+    with pytest.raises(MediaError, match=r"0\.png has 64\.0 GB"):
+        open_clips([tmp_path])
+
+
     good = fuzz.cv2.imencode(".png", np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8))[1].tobytes()
     (tmp_path / "a.png").write_bytes(good)
     assert len(open_clips([tmp_path / "a.png"])) == 1
     (tmp_path / "a.png").write_bytes(good[:100] + bytes([good[100] ^ 1]) + good[101:])
     with pytest.raises(MediaError, match=r"a\.png is damaged \(\d+ bytes\): replace"):
         open_clips([tmp_path / "a.png"])
+
+
+def test_a_model_for_huge_frames(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    onnx.save(tiny_matting.model((30_000, 30_000)), tmp_path / "m.onnx")
+    assert main(["compile", str(tmp_path / "m.onnx"), "-o", str(tmp_path / "out.onnx"), "-q"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "is made for frames of 30000x30000, and that is more than vmq takes" in said
 
 
 def test_pickles_are_never_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -113,7 +113,8 @@ def test_bad_numbers(numbers: list[str], tmp_path: Path, capsys: pytest.CaptureF
     assert numbers[0] in said
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"mean": [1, 2]}', '{"std": [0]}', '{"scale": [1]}', '{"mean": "x"}'])
+@pytest.mark.parametrize("text", ["{", "[1]", '{"mean": [1, 2]}', '{"std": [0]}', '{"scale": [1]}', '{"mean": "x"}',
+                                  pytest.param("[" * 100_000, id="deep")])
 def test_damaged_metadata(text: str) -> None:
     graph = network()
     graph.metadata[NORMALIZATION_KEY] = text

@@ -163,12 +163,23 @@ def test_pairs_from_metadata_and_by_hand() -> None:
     assert Session(graph, threads=1, pairs={"last": "next"}).state_pairs == (StatePair("last", "next"),)
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "3", "null", '{"last": "gone"}', '{"gone": "next"}'])
+@pytest.mark.parametrize("text", ["{", "[1]", "3", "null", '{"last": "gone"}', '{"gone": "next"}',
+                                  pytest.param("[" * 100_000, id="deep")])
 def test_damaged_metadata(text: str) -> None:
     graph = Graph.load(tiny.model())
     graph.metadata[STATES_KEY] = text
     with pytest.raises(ModelError, match=r"metadata vmq\.states is damaged"):
         Session(graph, threads=1)
+
+
+@pytest.mark.parametrize(("size", "said"), [((30_000, 30_000), "30000x30000, .*more than 16384 pixels a side"),
+                                            (("h", 20_000), "20000xany, .*16384 pixels"),
+                                            ((8000, 8000), "8000x8000, .*more than 33.6 million pixels")])
+def test_a_model_for_huge_frames(size: tuple[object, object], said: str) -> None:
+    """Said when it is opened, before anything of that size is made."""
+    with pytest.raises(ModelError, match=f"is made for frames of {said}.*export it for a smaller size"):
+        session(tiny.model(size))
+    session(tiny.model((4320, 7680)))
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 25), (3, 15, 24), (1, 16, 24), (16, 24)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,10 @@ def test_recipe_from_a_file(tmp_path: Path) -> None:
     ("range_norm = ", "not valid TOML"),
     ("range_norm = 1\nrange_norm = 2", "not valid TOML"),
     ("\x00", "not valid TOML"),
+    pytest.param("learn = " + "[" * 100_000, "not valid TOML", id="deep"),
+    pytest.param("samples" + ".a" * 5000 + " = 1", r"samples is \{'a': .*\.\.\..*; give a whole", id="deep keys"),
+    pytest.param("range_norm = 1" + "0" * 400, "range_norm is inf; give 1 to 10", id="many digits"),
+    pytest.param("a" * 100_000 + " = 1", r"unknown key 'a{5,20}\.\.\.a{5,20}'", id="long key"),
 ])
 def test_bad_recipes(tmp_path: Path, content: str, said: str) -> None:
     path = tmp_path / "mine.toml"
@@ -127,7 +132,10 @@ def test_bad_recipes(tmp_path: Path, content: str, said: str) -> None:
 
 def test_recipes_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
-    for name in ("nothing", "", str(tmp_path), str(tmp_path / "none.toml"), str(tmp_path / "binary.toml"), "a\0b"):
+    (tmp_path / "huge.toml").touch()
+    os.truncate(tmp_path / "huge.toml", 1 << 40)              # sparse
+    for name in ("nothing", "", str(tmp_path), str(tmp_path / "huge.toml"), "/dev/zero",
+                 str(tmp_path / "none.toml"), str(tmp_path / "binary.toml"), "a\0b"):
         with pytest.raises(OptionError, match=r"neither one of .*mse.* nor a readable TOML file") as error:
             Recipe.load(name)
         one_line(error)
@@ -137,6 +145,7 @@ def test_recipes_that_are_not_there(tmp_path: Path) -> None:
     ({"container": "int2"}, "--container int2 is not known for --target cpu; give one of int4cast, int8, int4"),
     ({"size": (8, 512)}, "--size 512x8 is out of range"),
     ({"size": (288, 100_000)}, "--size 100000x288"),
+    ({"size": (16_384, 16_384)}, "give 16 to 16384 pixels a side, and at most 33.6 million"),
     ({"size": (-288, -512)}, "--size -512x-288"),
     ({"downsample_ratio": 0.0}, "--downsample-ratio 0.0"),
     ({"downsample_ratio": 1.5}, "--downsample-ratio 1.5"),

@@ -1,13 +1,15 @@
 """Do the tests pass with the oldest and with the newest release of every dependency that pyproject.toml admits?
 
 Each pair of a Python and an end of the ranges has an environment of its own in a cache folder, made at first use.
-`oldest` takes every dependency at its lower bound, `newest` lets pip choose. Then, if a compiled model is given,
-tools/check_runtimes says whether it gives the same values from the oldest ONNX Runtime on that its metadata name.
+`oldest` takes every dependency at its lower bound, `newest` lets pip choose, anew every day. Then, if a compiled model
+is given, tools/check_runtimes says whether it gives the same alpha on the oldest ONNX Runtime for it and on the newest.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import datetime
 import os
 import re
 import shutil
@@ -53,7 +55,8 @@ def environment(python: str, end: str, cache: Path) -> Path:
     """
     pins = oldest((ROOT / "pyproject.toml").read_text(encoding="utf-8")) if end == "oldest" else []
     folder = cache / f"versions-{python}-{end}"
-    stamp, wanted = folder / "stamp", "\n".join(pins) or (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    stamp, project = folder / "stamp", (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    wanted = "\n".join(pins) or f"{datetime.date.today()}\n{project}"        # what is newest today may not be tomorrow
     interpreter = folder / "bin" / "python"
     if not stamp.exists() or stamp.read_text(encoding="utf-8") != wanted:
         shutil.rmtree(folder, ignore_errors=True)
@@ -91,23 +94,25 @@ def check(python: str, end: str, cache: Path, arguments: Sequence[str]) -> str |
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tools/check_versions", description=(__doc__ or "").partition("\n")[0],
-                                     epilog="Other options go to pytest: tools/check_versions -k states")
+                                     epilog="Other options go to pytest: tools/check_versions -k states. Exit code: "
+                                            "0 all that ran has passed, 1 something failed, or nothing ran.")
     parser.add_argument("--python", nargs="+", default=PYTHONS, metavar="X.Y", help="default: 3.11 3.12 3.13")
     parser.add_argument("--ends", nargs="+", default=ENDS, choices=ENDS, help="default: both")
     parser.add_argument("--cache", type=Path, default=Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "vmq",
                         metavar="DIR", help="where environments are kept (default: ~/.cache/vmq)")
     parser.add_argument("--model", type=Path, metavar="FILE", help="a compiled model to run on other releases, too")
     args, rest = parser.parse_known_args(arguments)
-    cache, failed = args.cache.expanduser(), False
+    cache, counts = args.cache.expanduser(), collections.Counter[str]()
     for python in args.python:
         for end in args.ends:
             said = check(python, end, cache, rest)
-            failed |= bool(said and said.startswith("failed"))
-            print(f"Python {python}, {end}: {said or f'there is no python{python} here'}", flush=True)
+            counts["skipped" if said is None else "failed" if said.startswith("failed") else "passed"] += 1
+            print(f"Python {python}, {end}: {said or f'skipped: no python{python} here'}", flush=True)
     if args.model:
-        failed |= bool(subprocess.run([str(ROOT / "tools" / "check_runtimes"), str(args.model)],
-                                      check=False).returncode)
-    return int(failed)
+        done = subprocess.run([str(ROOT / "tools" / "check_runtimes"), str(args.model)], check=False)
+        counts["failed" if done.returncode else "passed"] += 1
+    print(", ".join(f"{counts[what]} {what}" for what in ("passed", "failed", "skipped")))
+    return int(counts["failed"] > 0 or counts["passed"] == 0)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--processors", type=int, default=2, metavar="N", help="the other number (default: 2)")
     parser.add_argument("model", metavar="MODEL", help="an ONNX file")
     args, rest = parser.parse_known_args(arguments)
+    here = len(os.sched_getaffinity(0))
+    if not 2 <= args.processors <= here:
+        print(f"tools/determinism: error: --processors {args.processors}: {here} can be used here, and it takes 2 or "
+              "more to compare with one", file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory(prefix="vmq-determinism-") as folder:
         made: dict[int, Graph] = {}
         differs = False

@@ -16,8 +16,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from vmq.clips import Clip, open_clips
 from vmq.drift import SATURATED, StateErrors
 from vmq.errors import MediaError, ModelError, OptionError, VmqError
 from vmq.graph import Graph
+from vmq.matting import set_ratio
 from vmq.progress import Progress
 from vmq.runtime import Session
 from vmq.synthetic import scene, synthetic_clips
@@ -64,10 +65,14 @@ class Film:
     Args:
         clips: one for each scene, of the models' size.
         backgrounds: of each clip, how to draw a frame without the person by its number; None where that is not known.
+
+    Attributes:
+        events: what happens in it, as `EVENTS`.
     """
 
     def __init__(self, clips: Sequence[Clip], backgrounds: Sequence[Any]) -> None:
         self.clips, self.backgrounds, self.cycle = clips, backgrounds, SCENE * len(clips)
+        self.events = {n: when for n, when in EVENTS.items() if n != "away" or any(backgrounds)}
 
     def shots(self) -> Iterator[Shot]:
         """One cycle after the other."""
@@ -156,6 +161,7 @@ class LongRun:
         states: errors and saturation of every state.
         truth: MAD x 1e3 to the true alpha in every frame: the float network's, the quantized one's; NaN if not known.
         places: place of every frame within its scene.
+        events: what happened in a scene.
     """
 
     frames: int
@@ -165,6 +171,7 @@ class LongRun:
     states: StateErrors
     truth: NDArray[np.float64]
     places: NDArray[np.int64]
+    events: Mapping[str, tuple[int, int]] = field(default_factory=lambda: EVENTS)
 
     def trends(self) -> dict[str, Trend]:
         """Of alpha and of every state's error."""
@@ -177,19 +184,22 @@ class LongRun:
                 for n in self.states.names}
 
     def recovery(self) -> dict[str, list[list[int]]]:
-        """Of every event: frames until all is quiet again, of the float network and of the quantized one."""
-        ends = sorted({last for _, last in EVENTS.values()})
+        """Of every event: frames until all is quiet again, of the float network and of the quantized one.
+
+        Scenes in which a network's error is mostly NaN do not count for it.
+        """
+        ends = sorted({last for _, last in self.events.values()})
         found: dict[str, list[list[int]]] = {}
         scenes = [slice(s, s + SCENE) for s in range(0, self.frames - SCENE + 1, SCENE)]
         for which in range(2):
             for scene_ in scenes:
                 errors, places = self.truth[which, scene_], self.places[scene_]
                 quiet = [p for p in places if p - max(e for e in ends if e <= p) >= QUIET
-                         and not any(a <= p < b for a, b in EVENTS.values())]
+                         and not any(a <= p < b for a, b in self.events.values())]
                 usual = float(np.median(errors[quiet]))
                 if not np.isfinite(usual):
                     continue
-                for event, (_, end) in EVENTS.items():
+                for event, (_, end) in self.events.items():
                     after = errors[end:end + QUIET] <= 1.25 * usual + 0.5
                     found.setdefault(event, [[], []])[which].append(int(np.argmax(after)) if after.any() else QUIET)
         return found
@@ -222,8 +232,8 @@ class LongRun:
             lines.append(f"{what:<24} {trend.means[0]:>11.4f} {trend.means[-1]:>11.4f} "
                          f"{f'{trend.slope:+.5f} +- {trend.error:.5f}':>24} {shares}")
         for event, (exact, ours) in self.recovery().items():
-            lines.append(f"frames to recover after {event:<6} float {np.mean(exact):.1f} (at most {max(exact)}), "
-                         f"quantized {np.mean(ours):.1f} (at most {max(ours)})")
+            shown = [f"{np.mean(n):.1f} (at most {max(n)})" if n else "unknown (NaN)" for n in (exact, ours)]
+            lines.append(f"frames to recover after {event:<6} float {shown[0]}, quantized {shown[1]}")
         return lines + [f"PROBLEM: {p}" for p in self.problems()] + ([] if self.problems() else ["no drift"])
 
     def to_json(self) -> dict[str, Any]:
@@ -242,6 +252,7 @@ def run(reference: Session, model: Session, graph: Graph, film: Film, frames: in
 
     Raises:
         OptionError: they are fewer than two cycles.
+        ModelError: the states of the two have different shapes.
     """
     if frames < 2 * film.cycle:
         raise OptionError(f"--frames {frames}: a cycle has {film.cycle}; give at least two cycles")
@@ -254,9 +265,23 @@ def run(reference: Session, model: Session, graph: Graph, film: Film, frames: in
         alpha[index], places[index] = 1e3 * np.abs(ours - exact).mean(), shot.place
         if shot.alpha is not None:
             truth[:, index] = [1e3 * np.abs(a - shot.alpha / np.float32(255.0)).mean() for a in (exact, ours)]
+        if index == 0:
+            _compare_states(model, reference)
         states.add(model.state, reference.state)
         report("frames", index + 1, frames)
-    return LongRun(frames, film.cycle, len(film.clips), alpha, states, truth, places)
+    return LongRun(frames, film.cycle, len(film.clips), alpha, states, truth, places, film.events)
+
+
+def _compare_states(model: Session, reference: Session) -> None:
+    for name, state in model.state.items():
+        if name not in reference.state:
+            raise ModelError(f"{reference.label} has no state {name} as {model.label} has; give those that belong "
+                             "together")
+        if state.shape != reference.state[name].shape:
+            wide, narrow = ("x".join(map(str, s.state[name].shape)) for s in (model, reference))
+            raise ModelError(f"state {name} is {wide} in {model.label} and {narrow} in {reference.label}"
+                             + ("; give the --downsample-ratio that the first is compiled for" if reference.takes_ratio
+                                else "; give those that belong together"))
 
 
 # ------------------------------------------------------------------------------------------------------------- picture
@@ -309,6 +334,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--clips", nargs="+", type=Path, metavar="PATH", help="footage (default: the built-in clips)")
     add("--plot", type=Path, metavar="FILE.png", help="errors over time as a picture")
     add("--seed", type=int, default=0, metavar="N", help="of the built-in clips (default: 0)")
+    add("--downsample-ratio", type=float, metavar="R",
+        help="for models that take one (default: what brings the longer side down to 512 pixels)")
     add("--threads", type=int, default=0, metavar="N", help="default: as many as ONNX Runtime likes")
     add("--json", action="store_true", help="print JSON instead of text")
     add("-q", "--quiet", action="store_true", help="no progress")
@@ -322,6 +349,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                              "belong together")
         if not model.state_pairs:
             raise ModelError(f"{args.model} has no recurrent state, so nothing in it can drift")
+        if args.downsample_ratio is not None and not (model.takes_ratio or reference.takes_ratio):
+            raise OptionError("no model has an input for a downsample ratio; leave --downsample-ratio out")
+        for session in (model, reference):
+            set_ratio(session, (height, width), args.downsample_ratio)
         film = (own_film(args.clips, (height, width), args.frames) if args.clips
                 else built_in_film((height, width), args.frames, args.seed))
         started = time.perf_counter()

@@ -60,6 +60,8 @@ VIDEO_SUFFIXES = frozenset({
 })
 _logging: Any = cv2 if hasattr(cv2, "setLogLevel") else cv2.utils.logging  # OpenCV 4, OpenCV 5
 DEFAULT_FPS = 25.0
+LARGEST = 8 << 26
+"""Bytes of a picture's file, at most: as many pixels as are read above, uncompressed, of four 16-bit channels."""
 _WANTED = "a video, a folder of frames, or a folder with com/ and pha/"
 
 
@@ -148,10 +150,14 @@ def open_clips(paths: Iterable[str | Path], size: Size | None = None) -> list[Cl
 
 
 def fingerprint(paths: Iterable[str | os.PathLike[str]]) -> dict[str, tuple[int, int]]:
-    """Size and time of last change (ns) of every picture and video that the paths hold, by its absolute path."""
+    """Size and time of last change (ns) of every picture and video that the paths hold, by its absolute path.
+
+    As deep as `open_clips` looks, and like it through linked folders; so no link leads it in circles.
+    """
     found = {}
     for path in (Path(p).absolute() for p in paths):
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        levels = ("*", "*/*", "*/*/*")                   # set/clip/com/0000.png
+        for file in [f for level in levels for f in path.glob(level)] if path.is_dir() else [path]:
             if file.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
                 with contextlib.suppress(OSError):       # gone: that is a change as well
                     stat = file.stat()
@@ -334,9 +340,13 @@ def _sums_are_right(png: bytes) -> bool:
 
 
 def _content(path: Path, most: int = -1) -> bytes:
-    """All of a file, or its first bytes."""
+    """All of a picture's file, or the first bytes of any."""
     try:
         with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if most < 0 and size > LARGEST:
+                raise MediaError(f"{path} has {size / 1e9:.1f} GB, and a picture at most {LARGEST / 1e9:.1f}: replace "
+                                 "or remove the file")
             return file.read(most)
     except OSError as error:
         raise MediaError(f"{path} cannot be read ({error.strerror}): check the file") from error

@@ -170,6 +170,8 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
     writes = processes.rank() == 0
     if output is not None and writes:
         _check_output(Path(output), model)
+    if output is not None and dump is not None and Path(output).resolve() == Path(dump).resolve():
+        raise OutputError(f"-o {output} and --dump {dump} are one name; the dump is a folder, so give it another")
     input_bytes = Path(model).stat().st_size if isinstance(model, (str, os.PathLike)) else len(graph.to_bytes())
     footage = fingerprint(calib)
     clips, squeezed = _clips(graph, options, calib)

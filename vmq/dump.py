@@ -52,7 +52,7 @@ class Dump(Observer):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             earlier = _files_of(folder)
-            if earlier is None and any(folder.iterdir()):
+            if earlier is None and any(not p.name.startswith(".") for p in folder.iterdir()):   # what a kill may leave
                 raise OutputError(f"{folder} holds files that are no dump; give --dump a new or empty folder")
             for name in earlier or []:
                 (folder / name).unlink(missing_ok=True)

@@ -441,21 +441,35 @@ def _bound_external_data(model: onnx.ModelProto, label: str) -> None:
     """Note with every tensor in another file how many bytes it has, so that no more than these are read.
 
     Raises:
-        ModelError: they are more than an ONNX file could hold.
+        ModelError: they are more than an ONNX file could hold, or the model gives another number itself.
+        ValueError: it gives what is no number.
     """
     total = 0
-    attributes = (a for n in model.graph.node for a in n.attribute)
-    for tensor in (*model.graph.initializer, *(a.t for a in attributes if a.HasField("t"))):
+    for tensor in _tensors(model.graph):
         if not onnx.external_data_helper.uses_external_data(tensor):
             continue
         kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
         size = max(0, math.prod(tensor.dims) * kind.itemsize)
         size = (size + 1) // 2 if kind in _FOUR_BIT else size
         total += size
-        if all(entry.key != "length" for entry in tensor.external_data):
+        given = [entry.value for entry in tensor.external_data if entry.key == "length"]
+        wrong = next((length for length in given if int(length) != size), None)
+        if wrong is not None:
+            raise ModelError(f"{label}: its external data cannot be read ({tensor.name!r} has {size} bytes by its type "
+                             f"and shape, and {wrong} by its length); export it again")
+        if not given:
             tensor.external_data.add(key="length", value=str(size))
     if total > LARGEST:
         raise ModelError(f"{label}: its external data are {total / 1e9:.1f} GB, more than vmq takes (2)")
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """All tensors of a graph and of those within it: weights, and what nodes have as attributes."""
+    yield from graph.initializer
+    for attribute in (a for n in graph.node for a in n.attribute):
+        yield from (attribute.t, *attribute.tensors)
+        for inner in (attribute.g, *attribute.graphs):
+            yield from _tensors(inner)
 
 
 def _refuse_unsupported(model: onnx.ModelProto, label: str) -> None:

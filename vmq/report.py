@@ -32,6 +32,8 @@ UNCALIBRATED = "insert_qdq"
 """After this pass every scale is still 1: its dump runs, but scoring it would say nothing."""
 SCORED_FRAMES = 8
 """Probe frames that dumps, tensors and closures are measured on; the error over time is that of all."""
+LARGEST = 1 << 28
+"""Bytes of a dump's JSON, at most."""
 MISFIT_DB = 15.0
 """A grid whose noise is so far above what its levels allow is called unfit. Ranges that were searched on long footage
 are up to 12 dB wide of a short clip."""
@@ -215,8 +217,7 @@ def inspect_dump(folder: Path, progress: Callable[[str, float], None] = lambda _
     names = [name for name, _ in dumps]
     floats = names.index(UNCALIBRATED) if UNCALIBRATED in names else len(names)
     float_path = dumps[floats - 1][1] if floats else folder / "00_input.onnx"
-    reports = {e["name"]: json.loads((folder / f"{e['index']:02}_{e['name']}.json").read_text())
-               for e in pipeline["passes"]}
+    reports = _read_reports(folder, pipeline)
     ratio = reports.get("bind_shapes", {}).get("report", {}).get("downsample_ratio", 1.0)
     how: dict[str, Any] = {"downsample_ratio": ratio, "pairs": pipeline["options"]["pairs"]}
     want = np.stack(list(Session(float_path, **how).alphas(some)))
@@ -273,14 +274,49 @@ def read_pipeline(folder: Path) -> dict[str, Any]:
         MediaError: the folder is missing, is no dump, or the compile did not finish.
     """
     try:
-        pipeline: dict[str, Any] = json.loads((folder / "pipeline.json").read_text())
-        finished, _, _ = (pipeline[key] for key in ("finished", "passes", "options"))
+        pipeline: dict[str, Any] = _read_json(folder / "pipeline.json")
+        finished, passes, options = (pipeline[key] for key in ("finished", "passes", "options"))
+        whole = isinstance(options["pairs"], dict) and all(
+            isinstance(e["name"], str) and isinstance(e["index"], int) and isinstance(e["modified"], int)
+            and isinstance(e["seconds"], int | float) and Path(e["model"] or "").name == (e["model"] or "")
+            for e in passes)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MediaError(f"{folder} is not a dump (no readable pipeline.json); make one with "
                          "`vmq compile MODEL --dump DIR`") from error
+    if not whole:
+        raise MediaError(f"{folder}/pipeline.json is damaged; compile again with --dump")
     if not finished:
         raise MediaError(f"{folder} is the dump of a compile that did not finish; its *.failed.json says why")
     return pipeline
+
+
+def _read_json(path: Path) -> Any:
+    """A file of JSON; ValueError or OSError for what is none."""
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"{path} is far too large")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deep") from error
+
+
+def _read_reports(folder: Path, pipeline: dict[str, Any]) -> dict[str, Any]:
+    """What each pass of a dump reports, by its name.
+
+    Raises:
+        MediaError: a file is missing or damaged.
+    """
+    reports = {}
+    for entry in pipeline["passes"]:
+        path = folder / f"{entry['index']:02}_{entry['name']}.json"
+        try:
+            reports[entry["name"]] = found = _read_json(path)
+            whole = isinstance(found["report"], dict) and isinstance(found["notes"], list)
+        except (OSError, ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise MediaError(f"{path} is missing or damaged; compile again with --dump")
+    return reports
 
 
 def read_probe(folder: Path) -> NDArray[np.uint8]:
@@ -290,10 +326,12 @@ def read_probe(folder: Path) -> NDArray[np.uint8]:
         MediaError: they are missing or damaged.
     """
     try:
-        with np.load(folder / "probe.npz", allow_pickle=False) as archive:
+        with (folder / "probe.npz").open("rb") as file, np.load(file, allow_pickle=False) as archive:
             frames: NDArray[np.uint8] = archive["frames"]
+            if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1] != 3 or not frames.size:
+                raise ValueError("no frames")
             return frames
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file raises whatever zipfile, zlib and numpy come upon
         raise MediaError(f"{folder}/probe.npz cannot be read; compile again with --dump") from error
 
 

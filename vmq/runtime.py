@@ -26,7 +26,7 @@ from vmq.clips import to_float
 from vmq.errors import MediaError, ModelError, OptionError
 from vmq.graph import Graph
 from vmq.quant import quantize
-from vmq.spec import Normalization, QuantSpec
+from vmq.spec import Normalization, QuantSpec, check_size
 from vmq.states import StatePair, pair_states
 
 STATES_KEY = "vmq.states"
@@ -68,7 +68,7 @@ class Session:
         normalization: what the model takes, where its metadata do not say; default: RGB in 0..1.
 
     Raises:
-        ModelError: the model cannot be read or run, or has no input that takes a frame.
+        ModelError: the model cannot be read or run, or has no input that takes a frame, or takes only a huge one.
     """
 
     def __init__(self, model: str | os.PathLike[str] | bytes | Graph, *, threads: int = 0, optimize: bool = True,
@@ -87,6 +87,9 @@ class Session:
         self._shapes = {i.name: [d if isinstance(d, int) else None for d in i.shape]
                         for i in self._session.get_inputs()}
         self.frame_input = self._find_frame()
+        if wrong := check_size(self.size):
+            raise ModelError(f"{self.label} is made for frames of {self.size[1] or 'any'}x{self.size[0] or 'any'}, and "
+                             f"that is more than vmq takes: {wrong}; export it for a smaller size")
         loose = any(d is None for name in self._states for d in self._shapes[name])
         self._loose = graph.copy() if loose else None
         self._constants = self._find_constants(downsample_ratio)
@@ -272,7 +275,7 @@ def pairs_of(graph: Graph, pairs: Mapping[str, str] | None) -> tuple[StatePair, 
     if GRIDS_KEY in graph.metadata or (not pairs and STATES_KEY in graph.metadata):
         try:
             found = tuple(StatePair(str(i), str(o)) for i, o in dict(json.loads(graph.metadata[STATES_KEY])).items())
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ModelError(f"the model's metadata {STATES_KEY} is damaged: {error}") from error
         inputs, outputs = {v.name for v in graph.inputs}, {v.name for v in graph.outputs}
         for pair in found:
@@ -295,7 +298,7 @@ def state_grids(graph: Graph) -> dict[str, tuple[float, int]]:
                  for name, g in dict(json.loads(graph.metadata.get(GRIDS_KEY, "{}"))).items()}
         if not all(name in inputs and scale > 0.0 and 0 <= zero <= 255 for name, (scale, zero) in grids.items()):
             raise ValueError("it names what is no input, or no grid of uint8")
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ModelError(f"the model's metadata {GRIDS_KEY} is damaged: {error}") from error
     return grids
 
@@ -309,7 +312,7 @@ def normalization_of(graph: Graph) -> Normalization | None:
     said = graph.metadata.get(NORMALIZATION_KEY)
     try:
         return None if said is None else Normalization(**{k: tuple(map(float, v)) for k, v in json.loads(said).items()})
-    except (ValueError, TypeError, AttributeError, OptionError) as error:
+    except (ValueError, TypeError, AttributeError, OptionError, RecursionError) as error:
         raise ModelError(f"the model's metadata {NORMALIZATION_KEY} is damaged: {error}") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -68,6 +69,20 @@ class QuantSpec:
         bits, signed = {"int4": (4, True), "uint4": (4, False), "int8": (8, True), "uint8": (8, False),
                         "uint16": (16, False)}[np.dtype(dtype).name]
         return cls(bits, signed, axis)
+
+
+SIDE = 16384
+"""Pixels of a frame's side, at most."""
+PIXELS = 1 << 25
+"""Pixels of a frame, at most: a little more than 8K has."""
+
+
+def check_size(size: tuple[int | None, int | None]) -> str:
+    """In which way a frame of (height, width) pixels, None where that is free, is too large; empty if it is not."""
+    known = [n or 1 for n in size]
+    if max(known) > SIDE:
+        return f"more than {SIDE} pixels a side"
+    return f"more than {PIXELS / 1e6:.1f} million pixels" if math.prod(known) > PIXELS else ""
 
 
 DEVICES = ("cpu", "cuda")
@@ -320,9 +335,13 @@ class NetworkRecipe:
     def __post_init__(self) -> None:
         _check_part(self, set(LEARNABLE) - {"rounding"})
         if self.teacher not in ("float", "alpha"):
-            raise OptionError(f"teacher is {self.teacher!r}; give float or alpha")
+            raise OptionError(f"teacher is {reprlib.repr(self.teacher)}; give float or alpha")
         if self.length < 1:
             raise OptionError(f"length is {self.length}; give 1 or more")
+
+
+LARGEST_RECIPE = 1 << 20
+"""Bytes of a recipe, at most."""
 
 
 @dataclass(frozen=True)
@@ -369,8 +388,10 @@ class Recipe:
         shipped = {p.stem: p for p in sorted((Path(__file__).parent / "recipes").glob("*.toml"))}
         path = shipped.get(name, Path(name))
         try:
+            if path.exists() and (not path.is_file() or path.stat().st_size > LARGEST_RECIPE):
+                raise OSError("a folder, a device, or far too large")
             table = tomllib.loads(path.read_text(encoding="utf-8"))
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise OptionError(f"recipe {path} is not valid TOML: {error}") from error
         except (OSError, ValueError) as error:
             raise OptionError(f"recipe {name!r} is neither one of {', '.join(shipped)} nor a readable TOML file") \
@@ -385,7 +406,7 @@ class Recipe:
                 except OptionError as error:
                     raise OptionError(f"recipe {path}: [{part}]: {error}") from error
             elif inner is not None:
-                raise OptionError(f"recipe {path}: {part} is {inner!r}; give a table [{part}]")
+                raise OptionError(f"recipe {path}: {part} is {reprlib.repr(inner)}; give a table [{part}]")
         return cls(name=path.stem, **_typed(cls, table, str(path)), **parts)
 
 
@@ -395,17 +416,17 @@ def _typed(kind: Any, table: Mapping[str, Any], where: str) -> dict[str, Any]:
     values = {}
     for key, value in table.items():
         if key not in known:
-            raise OptionError(f"recipe {where}: unknown key {key!r}; known are {', '.join(sorted(known))}")
+            raise OptionError(f"recipe {where}: unknown key {reprlib.repr(key)}; known are {', '.join(sorted(known))}")
         default = known[key]
         wanted = type(default)
         given = tuple(value) if isinstance(value, list) else value
         if wanted is float and isinstance(given, int) and not isinstance(given, bool):
-            given = float(given)
+            given = float(given) if abs(given) < 1e308 else math.inf
         inner = type(default[0]) if isinstance(default, tuple) else None
         if not isinstance(given, wanted) or isinstance(given, bool) != isinstance(default, bool) or (
                 inner and not all(type(v) is inner for v in given)):
             words = {float: "a number", int: "a whole number", bool: "true or false", str: "a word", tuple: "a list"}
-            raise OptionError(f"recipe {where}: {key} is {value!r}; give {words[wanted]}")
+            raise OptionError(f"recipe {where}: {key} is {reprlib.repr(value)}; give {words[wanted]}")
         values[key] = given
     return values
 
@@ -413,7 +434,7 @@ def _typed(kind: Any, table: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _check_part(part: BlockRecipe | NetworkRecipe, known: set[str]) -> None:
     for kind in part.learn:
         if kind not in known:
-            raise OptionError(f"learn names {kind!r}; known are {', '.join(sorted(known))}")
+            raise OptionError(f"learn names {reprlib.repr(kind)}; known are {', '.join(sorted(known))}")
     for name, value in vars(part).items():
         if isinstance(value, float) and not 0.0 <= value < math.inf:
             raise OptionError(f"{name} is {value}; give 0 or more")
@@ -500,8 +521,9 @@ class Options:
         if self.container not in self.target.containers:
             raise OptionError(f"--container {self.container} is not known for --target {self.target.name}; give one of "
                               f"{', '.join(self.target.containers)}")
-        if self.size is not None and not all(16 <= n <= 16384 for n in self.size):
-            raise OptionError(f"--size {self.size[1]}x{self.size[0]} is out of range; give 16 to 16384 pixels a side")
+        if self.size is not None and (min(self.size) < 16 or check_size(self.size)):
+            raise OptionError(f"--size {self.size[1]}x{self.size[0]} is out of range; give 16 to {SIDE} pixels a side, "
+                              f"and at most {PIXELS / 1e6:.1f} million in all")
         if self.downsample_ratio is not None and not 0.0 < self.downsample_ratio <= 1.0:
             raise OptionError(f"--downsample-ratio {self.downsample_ratio} is out of range; give above 0 to 1")
         if self.seed < 0:
