@@ -29,7 +29,7 @@ from vmq.graph import Constant, Graph
 from vmq.layers import carries, clip_limits, compute_nodes, kinds_of, tail_nodes, weight_axis, weight_of
 from vmq.pipeline import Context, Pass, PassResult
 from vmq.spec import CARRIER_BITS, KEEPABLE, Bits, Options, QuantSpec
-from vmq.states import StatePair
+from vmq.states import WEIGHTED, StatePair
 
 KEPT_BY_DEFAULT = {"first": 8, "last": 8}
 """As BRECQ and QDrop do: the first and the last layer stay at 8 bits."""
@@ -102,7 +102,9 @@ class _Placement:
         self.inserted = self.weights = self.activations = 0
         for node in graph.nodes:
             if node.op in self.target.compute and node.name not in self.kinds:
-                self.notes.append(f"{node.name}: its weight is computed, not constant; stays float")
+                fixed = node.op == "MatMul" and any(isinstance(v, Constant) for v in node.inputs)
+                self.notes.append(f"{node.name}: its weight is "
+                                  f"{'no matrix on the right' if fixed else 'computed, not constant'}; stays float")
         for name in sorted(self.float_nodes & set(self.kinds)):
             self.notes.append(f"{name}: averages or products whose difference is taken; stays float")
 
@@ -133,13 +135,14 @@ class _Placement:
                         self.graph.replace_uses(mine, theirs)
 
     def wider(self) -> dict[str, str]:
-        """What does not have the nominal widths: layers by name, and all tensors between carriers."""
+        """What does not have the nominal widths: layers by name, float ones too, and all tensors between carriers."""
         wide = {name: str(bits) for name, bits in self.bits.items() if bits != self._nominal(name)}
         if self.options.bits.activations < CARRIER_BITS:
             wide["tensors between elementwise operators"] = "uint8"
         if self.wide_nodes:
             wide["tensors after the last layer, and of differences of averages"] = f"uint{self.target.wide}"
-        return wide | dict.fromkeys(sorted(self.float_nodes & set(self.kinds)), "float32")
+        return wide | dict.fromkeys(sorted(n.name for n in self.graph.nodes if n.op in WEIGHTED
+                                           and n.name not in self.bits), "float32")
 
     def _nominal(self, name: str) -> Bits:
         return self.chosen.get(name, self.options.bits)

@@ -202,6 +202,29 @@ def test_feed_forward_is_fine(footage: Path):
 class TestBadInput:
     """One clear line, and nothing written."""
 
+@pytest.mark.parametrize("shape", [(8, 48, 48), (1, 48, 48), (48,)], ids=str)
+def test_a_matmul_whose_constant_is_no_matrix_stays_float(shape: tuple[int, ...], footage: Path):
+    """It has no scale per column in integer kernels; what is around it runs in integers."""
+    graph = read(f"""(float[1,3,32,48] src, float[8,3,3,3] w0, float{list(shape)} w1, float[1,8,1,1] w2)
+                    => (float[1,1,32,48] pha) <int64[1] last = {{3}}> {{
+        a = Conv <pads = [1,1,1,1]> (src, w0)
+        b = Relu (a)
+        c = MatMul (b, w1)
+        {"row = Unsqueeze (c, last)" if len(shape) == 1 else "row = Identity (c)"}
+        d = Mul (b, row)
+        e = Conv (d, w2)
+        pha = Sigmoid (e)
+    }}""")
+    for name in ("w1", "w2"):                              # alpha is to be between 0 and 1, not at its ends
+        graph.value(name).values = (graph.value(name).values / 8).astype(np.float32)
+    result = vmq.compile(graph, recipe="mse", bits=8, calib=[footage])
+    assert "its weight is no matrix on the right; stays float" in "\n".join(result.lines())
+    frame = next(clips()[0].frames())
+    want, ours = (Session(g).step(frame)["pha"] for g in (graph, result.graph))
+    assert want.std() > 0.01
+    np.testing.assert_allclose(ours, want, atol=0.05)
+
+
     def test_nan_weights(self, footage: Path, tmp_path: Path):
         graph = network()
         graph.value("w4").values = np.full((8, 8, 1, 1), np.nan, np.float32)

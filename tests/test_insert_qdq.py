@@ -247,3 +247,22 @@ def test_a_distance_stays_float():
     assert read_by["read"] == ["DequantizeLinear", "DequantizeLinear"]      # softmax has a grid of its own
     for name in ("aa", "ab", "twice", "squares"):
         assert "QuantizeLinear" not in [n.op for n in graph.value(name).outputs]
+
+
+def test_layers_that_stay_float_are_said_to_be_wider():
+    graph = read("""(float[1,3,8,8] src, float[4,3,3,3] w0, float[4,4,1,1] w1, float[4,8,8] w3,
+                     float[8,8] w4, float[1,4,1,1] w5) => (float[1,1,8,8] pha) {
+        a = Conv <pads = [1,1,1,1]> (src, w0)
+        b = ConvTranspose (a, w1)
+        c = MatMul (w3, b)
+        d = MatMul (c, w3)
+        e = MatMul (d, w4)
+        pha = Conv (e, w5)
+    }""")
+    result = placed(graph)
+    made = {n.name: n.outputs[0].name for n in graph.nodes}
+    assert {made[name]: bits for name, bits in result.report["wider"].items()} == {
+        "b": "float32", "c": "float32", "d": "float32"}
+    assert result.report["layers"] == 3
+    assert [made[note.partition(":")[0]] for note in result.notes] == ["c", "d"]
+    assert all("its weight is no matrix on the right; stays float" in note for note in result.notes)
