@@ -12,8 +12,9 @@ For each value that is computed, what its readers want decides:
 A value wanted at several widths is quantized to that of its maker, or else the widest, and from there to the
 others, so that the integer kernel that makes it has one quantizer to fuse with. A layer followed by Relu or
 Clip is quantized after that. For what comes after the last layer 8 bits are too few, and for products and averages
-whose difference is taken: a variance as E[xy] - E[x]E[y] does not survive the rounding of its terms. These stay
-float, or take the target's wide integers.
+whose difference is taken: a variance as E[xy] - E[x]E[y] does not survive the rounding of its terms. Nor does
+a state that counts frames, and arithmetic on single numbers costs nothing. These stay float, or take the target's
+wide integers.
 """
 
 from __future__ import annotations
@@ -84,7 +85,9 @@ class _Placement:
         self.states, state_outputs = states, {s.output for s in states}
         self.state_inputs = {s.input for s in states}
         self.kinds = kinds_of(graph, self.target, state_outputs, recurrent)
-        fine = tail_nodes(graph, self.target, state_outputs) | _differences(graph)
+        single: set[str] = {n.name for n in graph.nodes if carries(n, self.target)
+                            and all(_is_number(v) for v in (*n.inputs, *n.outputs) if v.name)}
+        fine = tail_nodes(graph, self.target, state_outputs) | _differences(graph) | single
         self.wide_nodes, self.float_nodes = (fine, set[str]()) if self.target.wide else (set[str](), fine)
         for node in compute_nodes(graph, self.target):
             if node.outputs[0].outputs and all(r.name in fine for r in node.outputs[0].outputs):
@@ -324,8 +327,12 @@ class _Placement:
         return self.graph.add("DequantizeLinear", [integers, scale, zero], f"{value.name}_dq", attrs, value.shape)
 
     def _replace(self, old: Any, new: Any, users: list[Any]) -> None:
-        """Let `users` read `new`; a model output moves along when everything that read it does."""
-        if any(o is old for o in self.graph.outputs) and {id(u) for u in users} >= {
+        """Let `users` read `new`; a model output moves along when everything that read it does.
+
+        A single number that is not rounded to integers yet stays as it is: it may be a state that counts.
+        """
+        counts = _is_number(old) and not self._integer_source(old)
+        if not counts and any(o is old for o in self.graph.outputs) and {id(u) for u in users} >= {
                 id(u) for u in old.outputs if u.op != "QuantizeLinear"}:
             quantizer, name = [u for u in old.outputs if u.op == "QuantizeLinear"], old.name
             self.graph.replace_uses(old, new)
@@ -355,6 +362,11 @@ def _differences(graph: Graph) -> set[str]:
                 found.add(current.name)
                 stack += [p for v in current.inputs for p in v.inputs]
     return found
+
+
+def _is_number(value: Any) -> bool:
+    """True for a tensor of one element."""
+    return value.shape is not None and all(d == 1 for d in value.shape)
 
 
 def _spectral(node: Any) -> bool:
