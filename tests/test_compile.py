@@ -178,7 +178,9 @@ def test_without_footage_the_built_in_clips_are_used_and_it_says_so(monkeypatch:
 
 
 def test_summary_and_json(footage: Path, tmp_path: Path):
-    result = vmq.compile(network(), recipe="mse", bits=4, calib=[footage], output=tmp_path / "out.onnx")
+    onnx.save(network().to_proto(), tmp_path / "in.onnx", save_as_external_data=True, location="in.bin",
+              size_threshold=0)
+    result = vmq.compile(tmp_path / "in.onnx", recipe="mse", bits=4, calib=[footage], output=tmp_path / "out.onnx")
     text = "\n".join(result.lines())
     assert "recurrent states: r -> s" in text
     assert "in closed loop" in text
@@ -186,6 +188,7 @@ def test_summary_and_json(footage: Path, tmp_path: Path):
     assert "uint8" in text
     said = json.loads(json.dumps(result.to_json()))
     assert said["size_bytes"] == (tmp_path / "out.onnx").stat().st_size
+    assert said["input_bytes"] == sum((tmp_path / name).stat().st_size for name in ("in.onnx", "in.bin"))
     assert said["passes"]["lower"]["modified"] > 0
 
 

@@ -17,7 +17,7 @@ from onnx_text import load, ops, parse, run
 
 from models import rvm
 from vmq.errors import ModelError, OutputError
-from vmq.graph import IR_VERSION, Constant, Graph, Variable, write_atomic
+from vmq.graph import IR_VERSION, Constant, Graph, Variable, file_size, write_atomic
 from vmq.text import format_graph
 
 CHAIN = """(float[1,3,4,4] x, float[3,3,1,1] w_a) => (float[1,3,4,4] y) {
@@ -315,6 +315,7 @@ def test_external_data(tmp_path: Path) -> None:
     (folder / "w.bin").write_bytes(b"123")
     assert "external data" in refused(folder / "m.onnx")
     (folder / "w.bin").unlink()
+    assert file_size(folder / "m.onnx") == len(content) + (folder / "w.bin").stat().st_size
     assert "external data" in refused(folder / "m.onnx")
 
     (tmp_path / "outside.bin").write_bytes(bytes(1000))

@@ -22,7 +22,7 @@ from vmq.checkpoint import Checkpoint
 from vmq.clips import Clip, fingerprint, open_clips, sample_clips
 from vmq.dump import Dump
 from vmq.errors import MediaError, OptionError, OutputError
-from vmq.graph import Graph, check_output
+from vmq.graph import Graph, check_output, file_size
 from vmq.lanes import check_device
 from vmq.lock import locked
 from vmq.pipeline import Context, Observer, Pass, PassResult, run_passes
@@ -42,7 +42,7 @@ class Result:
         path: the file it was written to, if any.
         results: what each pass did, by its name, in order.
         size_bytes: size of the quantized model as a file.
-        input_bytes: size of the model that went in, as a file.
+        input_bytes: size of the model that went in, as a file, with its external data.
         frames: how many frames it was calibrated on, of how many given.
         synthetic: True when the built-in clips were used for want of footage.
         squeezed: names of calibration clips of another shape than the model's frames.
@@ -170,7 +170,7 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
     writes = processes.rank() == 0
     if output is not None and writes:
         _check_output(Path(output), model)
-    input_bytes = Path(model).stat().st_size if isinstance(model, (str, os.PathLike)) else len(graph.to_bytes())
+    input_bytes = file_size(model) if isinstance(model, (str, os.PathLike)) else len(graph.to_bytes())
     footage = fingerprint(calib)
     clips, squeezed = _clips(graph, options, calib)
     frames = options.effort.calibration
