@@ -19,7 +19,7 @@ import vmq
 from models import rvm
 from vmq.errors import MediaError, ModelError, OptionError, OutputError
 from vmq.graph import Graph
-from vmq.pipeline import Observer
+from vmq.pipeline import Observer, Pass
 from vmq.report import inspect_dump
 from vmq.runtime import Session
 from vmq.spec import EFFORTS
@@ -202,9 +202,6 @@ def test_feed_forward_is_fine(footage: Path):
     assert "recurrent states: none found" in "\n".join(vmq.compile(graph, recipe="mse", calib=[footage]).lines())
 
 
-class TestBadInput:
-    """One clear line, and nothing written."""
-
 @pytest.mark.parametrize("shape", [(8, 48, 48), (1, 48, 48), (48,)], ids=str)
 def test_a_matmul_whose_constant_is_no_matrix_stays_float(shape: tuple[int, ...], footage: Path):
     """It has no scale per column in integer kernels; what is around it runs in integers."""
@@ -227,6 +224,9 @@ def test_a_matmul_whose_constant_is_no_matrix_stays_float(shape: tuple[int, ...]
     assert want.std() > 0.01
     np.testing.assert_allclose(ours, want, atol=0.05)
 
+
+class TestBadInput:
+    """One clear line, and nothing written."""
 
     def test_nan_weights(self, footage: Path, tmp_path: Path):
         graph = network()
@@ -273,6 +273,28 @@ def test_a_matmul_whose_constant_is_no_matrix_stays_float(shape: tuple[int, ...]
         with pytest.raises(ModelError, match=r"does not run at 49x33.*try a size divisible by 32") as caught:
             vmq.compile(graph, calib=[footage], size="49x33")
         assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(("last", "shape"), [
+        ("c = Conv <pads = [1,1,1,1]> (b, w1)  pha = Squeeze (c, axis)", "1,32,48"),
+        ("pha = Conv <pads = [1,1,1,1], strides = [2,2]> (b, w1)", "1,1,16,24"),
+        ("pha = Conv <pads = [1,1,1,1]> (b, w2)", "1,2,32,48"),
+    ], ids=["three axes", "half the size", "two channels"])
+    def test_an_alpha_of_another_shape_is_found_before_the_work(self, last: str, shape: str, footage: Path):
+        class Passed(Observer):
+            def before(self, step: Pass, graph: Graph) -> None:  # noqa: ARG002
+                names.append(step.name)
+
+        graph = read(f"""(float[1,3,32,48] src, float[4,3,3,3] w0, float[1,4,3,3] w1, float[2,4,3,3] w2)
+                        => (float[{shape}] pha) <int64[1] axis = {{1}}> {{
+            a = Conv <pads = [1,1,1,1]> (src, w0)
+            b = Relu (a)
+            {last}
+        }}""")
+        names: list[str] = []
+        with pytest.raises(ModelError, match=r"no output \[1,1,H,W\] .* its outputs are pha \[") as caught:
+            vmq.compile(graph, recipe="mse", calib=[footage], observers=[Passed()])
+        assert shape.replace(",", ", ") in str(caught.value)
+        assert names[-1] == "bind_shapes"
 
     def test_outputs_that_cannot_be_written_are_found_before_the_work(self, footage: Path, tmp_path: Path):
         class Started(Observer):

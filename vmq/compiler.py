@@ -16,7 +16,7 @@ import onnxruntime as ort
 import torch
 
 from passes import PIPELINE
-from passes.bind_shapes import frame_size
+from passes.bind_shapes import BindShapes, frame_size
 from vmq import __version__, processes
 from vmq.checkpoint import Checkpoint
 from vmq.clips import Clip, fingerprint, open_clips, sample_clips
@@ -183,7 +183,8 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
     with locked(Path(p) for p in (output, dump) if p is not None and writes):
         if output is not None:
             context.checkpoint = Checkpoint(Path(f"{output}.unfinished"), [*work, footage], resume)
-        watchers = [*observers, *([Dump(Path(dump), command)] if dump is not None and writes else []), _Agreement()]
+        watchers = [*observers, *([Dump(Path(dump), command)] if dump is not None and writes else []), _Agreement(),
+                    _Alpha(options)]
         results = run_passes(graph, PIPELINE, context, watchers)
         _check_unchanged(footage, fingerprint(calib))
         if output is not None and writes:
@@ -201,6 +202,18 @@ class _Agreement(Observer):
         """After a pass that went well."""
         if processes.count() > 1:
             processes.agree(f"graph after {step.name}", hashlib.sha256(graph.to_bytes()).hexdigest())
+
+
+class _Alpha(Observer):
+    """Makes sure that the model gives an alpha as soon as its shapes are bound, and not after all learning."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    def after(self, index: int, step: Pass, graph: Graph, result: PassResult, seconds: float) -> None:  # noqa: ARG002
+        """After a pass that went well."""
+        if isinstance(step, BindShapes):
+            Session(graph, optimize=False, pairs=self.options.pairs).pictures()
 
 
 def _check_output(path: Path, model: Any) -> None:

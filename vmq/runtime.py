@@ -189,7 +189,7 @@ class Session:
         """Alpha out of what `step` returned: float32 [H,W] in 0..1; ModelError where the model has none."""
         if 1 not in self._pictures:
             raise ModelError(f"{self.label} has no output [1,1,H,W] of the frame's size that could be alpha; "
-                             f"its outputs are {', '.join(self._candidates)}")
+                             f"its outputs are {', '.join(f'{n} {[*outputs[n].shape]}' for n in self._candidates)}")
         return np.clip(outputs[self._pictures[1]][0, 0].astype(np.float32), 0.0, 1.0)
 
     def foreground_of(self, outputs: Mapping[str, Array]) -> NDArray[np.float32] | None:
