@@ -12,9 +12,9 @@ For each value that is computed, what its readers want decides:
 A value wanted at several widths is quantized to that of its maker, or else the widest, and from there to the
 others, so that the integer kernel that makes it has one quantizer to fuse with. A layer followed by Relu or
 Clip is quantized after that. For what comes after the last layer 8 bits are too few, and for products and averages
-whose difference is taken: a variance as E[xy] - E[x]E[y] does not survive the rounding of its terms. Nor does
-a state that counts frames, and arithmetic on single numbers costs nothing. These stay float, or take the target's
-wide integers.
+whose difference is taken: a variance as E[xy] - E[x]E[y] does not survive the rounding of its terms. These stay
+float, or take the target's wide integers. Arithmetic on single numbers stays float anywhere: it costs nothing, and a
+state that counts frames must not be rounded.
 """
 
 from __future__ import annotations
@@ -87,10 +87,10 @@ class _Placement:
         self.kinds = kinds_of(graph, self.target, state_outputs, recurrent)
         single: set[str] = {n.name for n in graph.nodes if carries(n, self.target)
                             and all(_is_number(v) for v in (*n.inputs, *n.outputs) if v.name)}
-        fine = tail_nodes(graph, self.target, state_outputs) | _differences(graph) | single
-        self.wide_nodes, self.float_nodes = (fine, set[str]()) if self.target.wide else (set[str](), fine)
+        fine = (tail_nodes(graph, self.target, state_outputs) | _differences(graph)) - single
+        self.wide_nodes, self.float_nodes = (fine, single) if self.target.wide else (set[str](), fine | single)
         for node in compute_nodes(graph, self.target):
-            if node.outputs[0].outputs and all(r.name in fine for r in node.outputs[0].outputs):
+            if node.outputs[0].outputs and all(r.name in fine | single for r in node.outputs[0].outputs):
                 self.kinds[node.name].add("last")          # what it gives is not quantized: a refiner's input, too
         self.bits = {name: self._bits_of(name, kinds) for name, kinds in self.kinds.items()
                      if name not in self.float_nodes}

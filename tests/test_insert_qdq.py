@@ -285,15 +285,17 @@ COUNTER = """(float[1,3,32,48] src, float[1] count, float[4,3,3,3] w0, float[1,4
 }"""
 
 
+@pytest.mark.parametrize("target", ["cpu", "qnn"])
 @pytest.mark.parametrize("text", [COUNTER, COUNTER.replace("counted = Where (due, first, more)", "").replace(
     "more =", "counted =").replace("due = Greater (count, four)", "")], ids=["to five", "without end"])
-def test_a_state_that_counts_is_exact(text: str, tmp_path: Path):
+def test_a_state_that_counts_is_exact(text: str, target: str, tmp_path: Path):
     """Rounded to 8 bits it would stand still, or run late; what reads it as a factor may have it rounded."""
     graph = read(text)
     footage = save_pictures(tmp_path / "clip", clips(1, 4)[0].frames())
-    made = vmq.compile(graph, recipe="mse", effort="fast", pairs={"count": "counted"}, calib=footage).graph
+    pairs = {"count": "counted"}
+    made = vmq.compile(graph, recipe="mse", effort="fast", pairs=pairs, calib=footage, target=target).graph
     exact, plain, optimized = (Session(g, optimize=o, pairs=p) for g, o, p in (
-        (graph, False, {"count": "counted"}), (made, False, None), (made, True, None)))
+        (graph, False, pairs), (made, False, None), (made, True, None)))
     for number, frame in enumerate([*clips(1, 8)[0].frames(), *clips(1, 8)[0].frames()]):
         want = number % 5 + 1 if "Where" in text else number + 1
         assert [float(s.step(frame)["counted"][0]) for s in (exact, plain, optimized)] == [want] * 3
