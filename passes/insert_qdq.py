@@ -13,7 +13,8 @@ A value wanted at several widths is quantized to that of its maker, or else the 
 others, so that the integer kernel that makes it has one quantizer to fuse with. A layer followed by Relu or
 Clip is quantized after that. For what comes after the last layer 8 bits are too few, and for products and averages
 whose difference is taken: a variance as E[xy] - E[x]E[y] does not survive the rounding of its terms. These stay
-float, or take the target's wide integers.
+float, or take the target's wide integers. Arithmetic on single numbers stays float anywhere: it costs nothing, and a
+state that counts frames must not be rounded.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from vmq.graph import Constant, Graph
 from vmq.layers import carries, clip_limits, compute_nodes, kinds_of, tail_nodes, weight_axis, weight_of
 from vmq.pipeline import Context, Pass, PassResult
 from vmq.spec import CARRIER_BITS, KEEPABLE, Bits, Options, QuantSpec
-from vmq.states import StatePair
+from vmq.states import WEIGHTED, StatePair
 
 KEPT_BY_DEFAULT = {"first": 8, "last": 8}
 """As BRECQ and QDrop do: the first and the last layer stay at 8 bits."""
@@ -84,10 +85,12 @@ class _Placement:
         self.states, state_outputs = states, {s.output for s in states}
         self.state_inputs = {s.input for s in states}
         self.kinds = kinds_of(graph, self.target, state_outputs, recurrent)
-        fine = tail_nodes(graph, self.target, state_outputs) | _differences(graph)
-        self.wide_nodes, self.float_nodes = (fine, set[str]()) if self.target.wide else (set[str](), fine)
+        single: set[str] = {n.name for n in graph.nodes if carries(n, self.target)
+                            and all(_is_number(v) for v in (*n.inputs, *n.outputs) if v.name)}
+        fine = (tail_nodes(graph, self.target, state_outputs) | _differences(graph)) - single
+        self.wide_nodes, self.float_nodes = (fine, single) if self.target.wide else (set[str](), fine | single)
         for node in compute_nodes(graph, self.target):
-            if node.outputs[0].outputs and all(r.name in fine for r in node.outputs[0].outputs):
+            if node.outputs[0].outputs and all(r.name in fine | single for r in node.outputs[0].outputs):
                 self.kinds[node.name].add("last")          # what it gives is not quantized: a refiner's input, too
         self.bits = {name: self._bits_of(name, kinds) for name, kinds in self.kinds.items()
                      if name not in self.float_nodes}
@@ -102,7 +105,9 @@ class _Placement:
         self.inserted = self.weights = self.activations = 0
         for node in graph.nodes:
             if node.op in self.target.compute and node.name not in self.kinds:
-                self.notes.append(f"{node.name}: its weight is computed, not constant; stays float")
+                fixed = node.op == "MatMul" and any(isinstance(v, Constant) for v in node.inputs)
+                self.notes.append(f"{node.name}: its weight is "
+                                  f"{'no matrix on the right' if fixed else 'computed, not constant'}; stays float")
         for name in sorted(self.float_nodes & set(self.kinds)):
             self.notes.append(f"{name}: averages or products whose difference is taken; stays float")
 
@@ -133,13 +138,14 @@ class _Placement:
                         self.graph.replace_uses(mine, theirs)
 
     def wider(self) -> dict[str, str]:
-        """What does not have the nominal widths: layers by name, and all tensors between carriers."""
+        """What does not have the nominal widths: layers by name, float ones too, and all tensors between carriers."""
         wide = {name: str(bits) for name, bits in self.bits.items() if bits != self._nominal(name)}
         if self.options.bits.activations < CARRIER_BITS:
             wide["tensors between elementwise operators"] = "uint8"
         if self.wide_nodes:
             wide["tensors after the last layer, and of differences of averages"] = f"uint{self.target.wide}"
-        return wide | dict.fromkeys(sorted(self.float_nodes & set(self.kinds)), "float32")
+        return wide | dict.fromkeys(sorted(n.name for n in self.graph.nodes if n.op in WEIGHTED
+                                           and n.name not in self.bits), "float32")
 
     def _nominal(self, name: str) -> Bits:
         return self.chosen.get(name, self.options.bits)
@@ -321,8 +327,12 @@ class _Placement:
         return self.graph.add("DequantizeLinear", [integers, scale, zero], f"{value.name}_dq", attrs, value.shape)
 
     def _replace(self, old: Any, new: Any, users: list[Any]) -> None:
-        """Let `users` read `new`; a model output moves along when everything that read it does."""
-        if any(o is old for o in self.graph.outputs) and {id(u) for u in users} >= {
+        """Let `users` read `new`; a model output moves along when everything that read it does.
+
+        A single number that is not rounded to integers yet stays as it is: it may be a state that counts.
+        """
+        counts = _is_number(old) and not self._integer_source(old)
+        if not counts and any(o is old for o in self.graph.outputs) and {id(u) for u in users} >= {
                 id(u) for u in old.outputs if u.op != "QuantizeLinear"}:
             quantizer, name = [u for u in old.outputs if u.op == "QuantizeLinear"], old.name
             self.graph.replace_uses(old, new)
@@ -352,6 +362,11 @@ def _differences(graph: Graph) -> set[str]:
                 found.add(current.name)
                 stack += [p for v in current.inputs for p in v.inputs]
     return found
+
+
+def _is_number(value: Any) -> bool:
+    """True for a tensor of one element."""
+    return value.shape is not None and all(d == 1 for d in value.shape)
 
 
 def _spectral(node: Any) -> bool:

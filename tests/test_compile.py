@@ -19,7 +19,7 @@ import vmq
 from models import rvm
 from vmq.errors import MediaError, ModelError, OptionError, OutputError
 from vmq.graph import Graph
-from vmq.pipeline import Observer
+from vmq.pipeline import Observer, Pass
 from vmq.report import inspect_dump
 from vmq.runtime import Session
 from vmq.spec import EFFORTS
@@ -178,7 +178,9 @@ def test_without_footage_the_built_in_clips_are_used_and_it_says_so(monkeypatch:
 
 
 def test_summary_and_json(footage: Path, tmp_path: Path):
-    result = vmq.compile(network(), recipe="mse", bits=4, calib=[footage], output=tmp_path / "out.onnx")
+    onnx.save(network().to_proto(), tmp_path / "in.onnx", save_as_external_data=True, location="in.bin",
+              size_threshold=0)
+    result = vmq.compile(tmp_path / "in.onnx", recipe="mse", bits=4, calib=[footage], output=tmp_path / "out.onnx")
     text = "\n".join(result.lines())
     assert "recurrent states: r -> s" in text
     assert "in closed loop" in text
@@ -186,6 +188,7 @@ def test_summary_and_json(footage: Path, tmp_path: Path):
     assert "uint8" in text
     said = json.loads(json.dumps(result.to_json()))
     assert said["size_bytes"] == (tmp_path / "out.onnx").stat().st_size
+    assert said["input_bytes"] == sum((tmp_path / name).stat().st_size for name in ("in.onnx", "in.bin"))
     assert said["passes"]["lower"]["modified"] > 0
 
 
@@ -197,6 +200,29 @@ def test_feed_forward_is_fine(footage: Path):
         pha = Sigmoid (c)
     }""")
     assert "recurrent states: none found" in "\n".join(vmq.compile(graph, recipe="mse", calib=[footage]).lines())
+
+
+@pytest.mark.parametrize("shape", [(8, 48, 48), (1, 48, 48), (48,)], ids=str)
+def test_a_matmul_whose_constant_is_no_matrix_stays_float(shape: tuple[int, ...], footage: Path):
+    """It has no scale per column in integer kernels; what is around it runs in integers."""
+    graph = read(f"""(float[1,3,32,48] src, float[8,3,3,3] w0, float{list(shape)} w1, float[1,8,1,1] w2)
+                    => (float[1,1,32,48] pha) <int64[1] last = {{3}}> {{
+        a = Conv <pads = [1,1,1,1]> (src, w0)
+        b = Relu (a)
+        c = MatMul (b, w1)
+        {"row = Unsqueeze (c, last)" if len(shape) == 1 else "row = Identity (c)"}
+        d = Mul (b, row)
+        e = Conv (d, w2)
+        pha = Sigmoid (e)
+    }}""")
+    for name in ("w1", "w2"):                              # alpha is to be between 0 and 1, not at its ends
+        graph.value(name).values = (graph.value(name).values / 8).astype(np.float32)
+    result = vmq.compile(graph, recipe="mse", bits=8, calib=[footage])
+    assert "its weight is no matrix on the right; stays float" in "\n".join(result.lines())
+    frame = next(clips()[0].frames())
+    want, ours = (Session(g).step(frame)["pha"] for g in (graph, result.graph))
+    assert want.std() > 0.01
+    np.testing.assert_allclose(ours, want, atol=0.05)
 
 
 class TestBadInput:
@@ -247,6 +273,28 @@ class TestBadInput:
         with pytest.raises(ModelError, match=r"does not run at 49x33.*try a size divisible by 32") as caught:
             vmq.compile(graph, calib=[footage], size="49x33")
         assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(("last", "shape"), [
+        ("c = Conv <pads = [1,1,1,1]> (b, w1)  pha = Squeeze (c, axis)", "1,32,48"),
+        ("pha = Conv <pads = [1,1,1,1], strides = [2,2]> (b, w1)", "1,1,16,24"),
+        ("pha = Conv <pads = [1,1,1,1]> (b, w2)", "1,2,32,48"),
+    ], ids=["three axes", "half the size", "two channels"])
+    def test_an_alpha_of_another_shape_is_found_before_the_work(self, last: str, shape: str, footage: Path):
+        class Passed(Observer):
+            def before(self, step: Pass, graph: Graph) -> None:  # noqa: ARG002
+                names.append(step.name)
+
+        graph = read(f"""(float[1,3,32,48] src, float[4,3,3,3] w0, float[1,4,3,3] w1, float[2,4,3,3] w2)
+                        => (float[{shape}] pha) <int64[1] axis = {{1}}> {{
+            a = Conv <pads = [1,1,1,1]> (src, w0)
+            b = Relu (a)
+            {last}
+        }}""")
+        names: list[str] = []
+        with pytest.raises(ModelError, match=r"no output \[1,1,H,W\] .* its outputs are pha \[") as caught:
+            vmq.compile(graph, recipe="mse", calib=[footage], observers=[Passed()])
+        assert shape.replace(",", ", ") in str(caught.value)
+        assert names[-1] == "bind_shapes"
 
     def test_outputs_that_cannot_be_written_are_found_before_the_work(self, footage: Path, tmp_path: Path):
         class Started(Observer):

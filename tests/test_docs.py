@@ -43,6 +43,8 @@ NOT_RUN = {
     r"vmq bench ": "takes a quiet machine; tests/test_bench.py",
     r"vmq run \S+ \d ": "needs a camera",
     r"python -m models\.rvm ": "needs weights; tests/test_rvm.py",
+    r"python -m models\.modnet ": "needs weights; tests/test_modnet.py",
+    r"python -m models\.matanyone ": "needs a package and weights; tests/test_matanyone.py",
     r"python3 \S*matte\.py ": "tests/test_examples.py::test_python",
     r"node \S*matte\.mjs ": "tests/test_examples.py::test_javascript",
     r"(g\+\+ .*matte\.cc|\./matte) ": "tests/test_examples.py::test_cpp",

@@ -17,7 +17,7 @@ from onnx_text import load, ops, parse, run
 
 from models import rvm
 from vmq.errors import ModelError, OutputError
-from vmq.graph import IR_VERSION, Constant, Graph, Variable, write_atomic
+from vmq.graph import IR_VERSION, Constant, Graph, Variable, file_size, write_atomic
 from vmq.text import format_graph
 
 CHAIN = """(float[1,3,4,4] x, float[3,3,1,1] w_a) => (float[1,3,4,4] y) {
@@ -266,6 +266,12 @@ def test_control_flow_and_custom_operators() -> None:
     }"""))
     assert "'y' is If" in message
     assert "control flow" in message
+    message = refused(parse("""(int64 n, bool c, float[2] x) => (float[2] y) {
+        y = Loop (n, c, x) <body = g (int64 i, bool go, float[2] p) => (bool goes, float[2] q) {
+            goes = Identity (go)  q = Relu (p) }>
+    }"""))
+    assert "'y' is Loop" in message
+    assert "control flow" in message
     model = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["" : 21, "com.acme" : 1]>
         m (float[2] x) => (float[2] y) { y = com.acme.Frobnicate (x) }""")
     model.graph.node[0].name = "frob"
@@ -309,6 +315,7 @@ def test_external_data(tmp_path: Path) -> None:
     content = (folder / "m.onnx").read_bytes()
     assert Graph.load(folder / "m.onnx").to_bytes() == Graph.load(model).to_bytes()
 
+    assert file_size(folder / "m.onnx") == len(content) + (folder / "w.bin").stat().st_size
     refused(content)                                  # bytes have no folder to look in
     pointing = onnx.load_from_string(content)
     assert "another file" in refused(pointing)

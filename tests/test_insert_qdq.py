@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from compiling import network, optimized_ops, run_to
+from compiling import clips, network, optimized_ops, run_to
+from tiny_matting import save_pictures
 from tiny_recurrent import read
 
+import vmq
 from passes.find_closures import Closures
 from passes.insert_qdq import InsertQdq
 from vmq.errors import OptionError
 from vmq.graph import Graph
 from vmq.pipeline import Context, PassResult, run_passes
+from vmq.runtime import Session
 from vmq.spec import Bits, Options
 
 
@@ -247,3 +251,51 @@ def test_a_distance_stays_float():
     assert read_by["read"] == ["DequantizeLinear", "DequantizeLinear"]      # softmax has a grid of its own
     for name in ("aa", "ab", "twice", "squares"):
         assert "QuantizeLinear" not in [n.op for n in graph.value(name).outputs]
+
+
+def test_layers_that_stay_float_are_said_to_be_wider():
+    graph = read("""(float[1,3,8,8] src, float[4,3,3,3] w0, float[4,4,1,1] w1, float[4,8,8] w3,
+                     float[8,8] w4, float[1,4,1,1] w5) => (float[1,1,8,8] pha) {
+        a = Conv <pads = [1,1,1,1]> (src, w0)
+        b = ConvTranspose (a, w1)
+        c = MatMul (w3, b)
+        d = MatMul (c, w3)
+        e = MatMul (d, w4)
+        pha = Conv (e, w5)
+    }""")
+    result = placed(graph)
+    made = {n.name: n.outputs[0].name for n in graph.nodes}
+    assert {made[name]: bits for name, bits in result.report["wider"].items()} == {
+        "b": "float32", "c": "float32", "d": "float32"}
+    assert result.report["layers"] == 3
+    assert [made[note.partition(":")[0]] for note in result.notes] == ["c", "d"]
+    assert all("its weight is no matrix on the right; stays float" in note for note in result.notes)
+
+
+COUNTER = """(float[1,3,32,48] src, float[1] count, float[4,3,3,3] w0, float[1,4,3,3] w1)
+        => (float[1,1,32,48] pha, float[1] counted) <float one = {1.0}, float[1] four = {4.0}, float[1] first = {1.0}> {
+    a = Conv <pads = [1,1,1,1]> (src, w0)
+    b = Relu (a)
+    more = Add (count, one)
+    due = Greater (count, four)
+    counted = Where (due, first, more)
+    c = Mul (b, counted)
+    d = Conv <pads = [1,1,1,1]> (c, w1)
+    pha = Sigmoid (d)
+}"""
+
+
+@pytest.mark.parametrize("target", ["cpu", "qnn"])
+@pytest.mark.parametrize("text", [COUNTER, COUNTER.replace("counted = Where (due, first, more)", "").replace(
+    "more =", "counted =").replace("due = Greater (count, four)", "")], ids=["to five", "without end"])
+def test_a_state_that_counts_is_exact(text: str, target: str, tmp_path: Path):
+    """Rounded to 8 bits it would stand still, or run late; what reads it as a factor may have it rounded."""
+    graph = read(text)
+    footage = save_pictures(tmp_path / "clip", clips(1, 4)[0].frames())
+    pairs = {"count": "counted"}
+    made = vmq.compile(graph, recipe="mse", effort="fast", pairs=pairs, calib=footage, target=target).graph
+    exact, plain, optimized = (Session(g, optimize=o, pairs=p) for g, o, p in (
+        (graph, False, pairs), (made, False, None), (made, True, None)))
+    for number, frame in enumerate([*clips(1, 8)[0].frames(), *clips(1, 8)[0].frames()]):
+        want = number % 5 + 1 if "Where" in text else number + 1
+        assert [float(s.step(frame)["counted"][0]) for s in (exact, plain, optimized)] == [want] * 3

@@ -121,6 +121,33 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("options", "says"), [
+    (["--steps", "0"], "--steps 0: give 1 or more"),
+    (["--size", "100x64"], "--size 100x64: MODNet takes multiples of 32"),
+    (["--width", "0.35"], "--width 0.35: give one of 0.25, 0.5, 0.75, 1.0"),
+    (["-o", "no/such/folder.pth"], "there is no folder"),
+])
+def test_training_tool_checks_its_options_first(options: list[str], says: str, tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch,
+                                                capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    tool = runpy.run_path(str(Path(__file__).resolve().parents[1] / "tools" / "train_modnet.py"))
+    monkeypatch.setitem(tool["main"].__globals__, "synthetic_clips", None)          # would be called before training
+    assert tool["main"](["-o", "out.pth", *options]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert says in said
+    assert said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("width", [0.25, 0.5, 0.75, 1.0])
+def test_weights_tell_their_width(width: float) -> None:
+    state = modnet.build(hr=4, width=width).state_dict()
+    loaded = modnet.build(state)
+    assert sum(p.numel() for p in loaded.parameters()) == sum(v.numel() for v in modnet.MODNet(4, width).parameters())
+
+
 def test_training_tool_makes_weights_to_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = runpy.run_path(str(Path(__file__).resolve().parents[1] / "tools" / "train_modnet.py"))["main"]
     made = []

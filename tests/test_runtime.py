@@ -201,6 +201,25 @@ def test_models_that_take_no_frame() -> None:
             { y = Concat <axis = 1> (x, other) }"""))
 
 
+COUNTER = """<ir_version: 10, opset_import: ["": 21]> m (float[1, 3, 4, 4] x, float[1] count)
+    => (float[1, 1, 4, 4] pha, float[1] counted) <float one = {1.0}, int64[1] channels = {1}> {
+    mean = ReduceMean (x, channels)  pha = Mul (mean, count)  counted = Add (count, one) }"""
+
+
+def test_a_single_number_that_may_be_a_state_or_a_ratio() -> None:
+    """Taken for the ratio, it would be 1 at every frame without a word."""
+    with pytest.raises(ModelError, match=r"input count \[1\] may be a state .*: --pair count=counted, or --pair count= "
+                       "for the ratio"):
+        session(onnx.parser.parse_model(COUNTER))
+    model = onnx.parser.parse_model(COUNTER)
+    for pairs, wanted in (({"count": "counted"}, [1, 2, 3]), ({"count": ""}, [2, 2, 2])):
+        runner = session(model, pairs=pairs)
+        assert runner.takes_ratio == (wanted[0] == 2)
+        assert [float(runner.step(f)["counted"][0]) for f in tiny.frames(3, (4, 4))] == wanted
+    onnx.helper.set_model_props(model, {"vmq.states": "{}"})
+    assert session(model).takes_ratio
+
+
 def test_a_model_without_alpha() -> None:
     runner = session(onnx.parser.parse_model("""<ir_version: 10, opset_import: ["": 21]> m (float[1, 3, 4, 4] x)
         => (float[1, 3, 4, 4] y) { y = Relu (x) }"""))

@@ -23,11 +23,14 @@ from torch import Tensor
 from models import modnet
 from models.exporting import parse_size, written_whole
 from vmq.clips import Clip, open_clips
-from vmq.errors import MediaError, VmqError
+from vmq.errors import MediaError, OptionError, VmqError
+from vmq.graph import check_output
 from vmq.synthetic import synthetic_clips
 
 WARM_UP = 20
 """Steps over which the rate rises."""
+WIDTHS = (0.25, 0.5, 0.75, 1.0)
+"""Widths of the backbone: 8, 16, 24 and 32 channels of its first layer, by which `modnet.build` knows them."""
 
 
 class Footage:
@@ -91,6 +94,25 @@ def train(footage: Footage, *, steps: int, batch: int, rate: float, hr: int, wid
     return model.eval().requires_grad_(requires_grad=False)
 
 
+def check(options: argparse.Namespace) -> None:
+    """Find before the training what would end it, or make its result useless.
+
+    Raises:
+        OptionError: an option is out of range.
+        OutputError: the weights cannot be written.
+    """
+    for name, least in (("steps", 1), ("batch", 1), ("threads", 1), ("detail", 4)):
+        if getattr(options, name) < least:
+            raise OptionError(f"--{name} {getattr(options, name)}: give {least} or more")
+    height, width = options.size
+    if min(options.size) < modnet.MULTIPLE or height % modnet.MULTIPLE or width % modnet.MULTIPLE:
+        raise OptionError(f"--size {width}x{height}: MODNet takes multiples of {modnet.MULTIPLE}")
+    if options.width not in WIDTHS:
+        raise OptionError(f"--width {options.width}: give one of {', '.join(map(str, WIDTHS))}, which the weights tell "
+                          "when they are exported")
+    check_output(options.output)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description="Train a small MODNet on footage with alpha.",
@@ -102,14 +124,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--batch", type=int, default=4)
     add("--rate", type=float, default=1e-3)
     add("--detail", type=int, default=16, metavar="N", help="channels of the detail branch (default 16; authors: 32)")
-    add("--width", type=float, default=0.5, help="of the backbone (default 0.5; authors: 1)")
+    add("--width", type=float, default=0.5, help="of the backbone: 0.25, 0.5 (default), 0.75, or 1 as the authors")
     add("--threads", type=int, default=1, help="other numbers give other last digits")
     add("--seed", type=int, default=0)
     add("-o", "--output", type=Path, required=True)
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
     larger = (options.size[0] * 5 // 4, options.size[1] * 5 // 4)
     try:
+        check(options)
+        torch.set_num_threads(options.threads)
         clips = open_clips(options.footage, larger) if options.footage else synthetic_clips(larger, seed=options.seed)
         model = train(Footage(clips, options.size, options.seed), steps=options.steps, batch=options.batch,
                       rate=options.rate, hr=options.detail, width=options.width, seed=options.seed)

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from vmq.bench_child import Kernel, serve
 from vmq.cost import Cost, cost_of, fill_shapes
 from vmq.errors import ModelError, OptionError
-from vmq.graph import Graph
+from vmq.graph import Graph, file_size
 from vmq.progress import Report, silent
 from vmq.runtime import Session, default_ratio
 
@@ -62,7 +62,7 @@ class Measured:
         frame: (W, H) of the frames; `free` where the model would take others.
         kernels: what the runtime runs after optimization.
         cost: arithmetic of a frame.
-        size_bytes: of the file.
+        size_bytes: of the file, with its external data.
         memory_bytes: what loading and running added to its process at the peak.
         minimum_runtime: oldest ONNX Runtime that runs it, where the file says so.
     """
@@ -159,7 +159,7 @@ def bench(models: Sequence[str], *, baseline: str | None = None, threads: int = 
             report(f"profiling {path}", number / len(plans), 1)
             measured[path] = Measured(
                 times=times[path], frame=plan.frame, free=plan.free, cost=plan.cost, minimum_runtime=plan.minimum,
-                memory_bytes=asks[path]("memory"), kernels=asks[path](PROFILED), size_bytes=Path(path).stat().st_size)
+                memory_bytes=asks[path]("memory"), kernels=asks[path](PROFILED), size_bytes=file_size(path))
     return Result(measured, baseline if baseline is not None else paths[0], {p: times[p] for p in PROBES}, threads)
 
 

@@ -16,13 +16,13 @@ import onnxruntime as ort
 import torch
 
 from passes import PIPELINE
-from passes.bind_shapes import frame_size
+from passes.bind_shapes import BindShapes, frame_size
 from vmq import __version__, processes
 from vmq.checkpoint import Checkpoint
 from vmq.clips import Clip, fingerprint, open_clips, sample_clips
 from vmq.dump import Dump
 from vmq.errors import MediaError, OptionError, OutputError
-from vmq.graph import Graph, check_output
+from vmq.graph import Graph, check_output, file_size
 from vmq.lanes import check_device
 from vmq.lock import locked
 from vmq.pipeline import Context, Observer, Pass, PassResult, run_passes
@@ -42,7 +42,7 @@ class Result:
         path: the file it was written to, if any.
         results: what each pass did, by its name, in order.
         size_bytes: size of the quantized model as a file.
-        input_bytes: size of the model that went in, as a file.
+        input_bytes: size of the model that went in, as a file, with its external data.
         frames: how many frames it was calibrated on, of how many given.
         synthetic: True when the built-in clips were used for want of footage.
         squeezed: names of calibration clips of another shape than the model's frames.
@@ -172,7 +172,7 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
         _check_output(Path(output), model)
     if output is not None and dump is not None and Path(output).resolve() == Path(dump).resolve():
         raise OutputError(f"-o {output} and --dump {dump} are one name; the dump is a folder, so give it another")
-    input_bytes = Path(model).stat().st_size if isinstance(model, (str, os.PathLike)) else len(graph.to_bytes())
+    input_bytes = file_size(model) if isinstance(model, (str, os.PathLike)) else len(graph.to_bytes())
     footage = fingerprint(calib)
     clips, squeezed = _clips(graph, options, calib)
     frames = options.effort.calibration
@@ -185,7 +185,8 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
     with locked(Path(p) for p in (output, dump) if p is not None and writes):
         if output is not None:
             context.checkpoint = Checkpoint(Path(f"{output}.unfinished"), [*work, footage], resume)
-        watchers = [*observers, *([Dump(Path(dump), command)] if dump is not None and writes else []), _Agreement()]
+        watchers = [*observers, *([Dump(Path(dump), command)] if dump is not None and writes else []), _Agreement(),
+                    _Alpha(options)]
         results = run_passes(graph, PIPELINE, context, watchers)
         _check_unchanged(footage, fingerprint(calib))
         if output is not None and writes:
@@ -203,6 +204,18 @@ class _Agreement(Observer):
         """After a pass that went well."""
         if processes.count() > 1:
             processes.agree(f"graph after {step.name}", hashlib.sha256(graph.to_bytes()).hexdigest())
+
+
+class _Alpha(Observer):
+    """Makes sure that the model gives an alpha as soon as its shapes are bound, and not after all learning."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    def after(self, index: int, step: Pass, graph: Graph, result: PassResult, seconds: float) -> None:  # noqa: ARG002
+        """After a pass that went well."""
+        if isinstance(step, BindShapes):
+            Session(graph, optimize=False, pairs=self.options.pairs).pictures()
 
 
 def _check_output(path: Path, model: Any) -> None:

@@ -27,7 +27,8 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from vmq.errors import ModelError, OutputError
 
-__all__ = ["IR_VERSION", "OPSET", "Constant", "Graph", "Node", "Variable", "check_output", "write_atomic"]
+__all__ = ["IR_VERSION", "OPSET", "Constant", "Graph", "Node", "Variable", "check_output", "file_size",
+           "write_atomic"]
 
 OPSET = 21
 """The opset that vmq works in: the first with 4-bit integers in QuantizeLinear."""
@@ -389,6 +390,21 @@ def write_atomic(path: Path, content: bytes) -> None:
         raise OutputError(f"cannot write {path}: {reason}; make room, or choose another place") from error
 
 
+def file_size(path: str | os.PathLike[str]) -> int:
+    """Bytes of a model's file, and of the files beside it that hold its external data.
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
+    path = Path(path)
+    try:
+        model = onnx.load_from_string(path.read_bytes())
+        names = {onnx.external_data_helper.ExternalDataInfo(t).location for t in _external(model)}
+        return sum((path.parent / name).stat().st_size for name in {path.name, *names})
+    except (OSError, google.protobuf.message.DecodeError) as error:
+        raise ModelError(f"{path} cannot be read: {_first_line(error)}") from error
+
+
 def _read_proto(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> tuple[onnx.ModelProto, str]:
     """Parse and check a model; returns it with the name to call it by in messages."""
     if isinstance(source, onnx.ModelProto):
@@ -437,6 +453,11 @@ def _read_proto(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> tup
     return model, label
 
 
+def _external(model: onnx.ModelProto) -> list[onnx.TensorProto]:
+    """The tensors whose data are in another file."""
+    return [t for t in _tensors(model.graph) if onnx.external_data_helper.uses_external_data(t)]
+
+
 def _bound_external_data(model: onnx.ModelProto, label: str) -> None:
     """Note with every tensor in another file how many bytes it has, so that no more than these are read.
 
@@ -445,9 +466,7 @@ def _bound_external_data(model: onnx.ModelProto, label: str) -> None:
         ValueError: it gives what is no number.
     """
     total = 0
-    for tensor in _tensors(model.graph):
-        if not onnx.external_data_helper.uses_external_data(tensor):
-            continue
+    for tensor in _external(model):
         kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
         size = max(0, math.prod(tensor.dims) * kind.itemsize)
         size = (size + 1) // 2 if kind in _FOUR_BIT else size

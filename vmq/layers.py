@@ -12,9 +12,18 @@ from vmq.targets import Target
 
 
 def compute_nodes(graph: Graph, target: Target) -> list[Any]:
-    """Multiply-add nodes that can be quantized: their weight is a constant, or they multiply two activations."""
-    return [n for n in graph.nodes if n.op in target.compute
-            and (isinstance(weight_of(n, target), Constant) or n.op == "MatMul")]
+    """Multiply-add nodes that can be quantized: their weight is a constant, or they multiply two activations.
+
+    The weight of a MatMul is a matrix on the right: kernels take one scale per column of that alone.
+    """
+    return [n for n in graph.nodes if n.op in target.compute and _can_be_quantized(n, target)]
+
+
+def _can_be_quantized(node: Any, target: Target) -> bool:
+    weight = weight_of(node, target)
+    if node.op != "MatMul":
+        return isinstance(weight, Constant)
+    return weight.values.ndim == 2 if isinstance(weight, Constant) else not isinstance(node.inputs[0], Constant)
 
 
 def weight_of(node: Any, target: Target) -> Any:

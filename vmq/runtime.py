@@ -27,7 +27,7 @@ from vmq.errors import MediaError, ModelError, OptionError
 from vmq.graph import Graph
 from vmq.quant import quantize
 from vmq.spec import Normalization, QuantSpec, check_size
-from vmq.states import StatePair, pair_states
+from vmq.states import DataFlow, StatePair, pair_states
 
 STATES_KEY = "vmq.states"
 """Metadata key under which a compiled model names its state pairs, as JSON {input: output}."""
@@ -93,6 +93,9 @@ class Session:
         loose = any(d is None for name in self._states for d in self._shapes[name])
         self._loose = graph.copy() if loose else None
         self._constants = self._find_constants(downsample_ratio)
+        unsaid = set(self._constants) - set(pairs or {}) if STATES_KEY not in graph.metadata else set[str]()
+        if unsaid:
+            self._refuse_state(graph, unsaid)
         self.downsample_ratio = downsample_ratio
         self.output_names = [o.name for o in self._session.get_outputs()]
         states = set(self._states.values())
@@ -192,7 +195,7 @@ class Session:
         """Alpha out of what `step` returned: float32 [H,W] in 0..1; ModelError where the model has none."""
         if 1 not in self._pictures:
             raise ModelError(f"{self.label} has no output [1,1,H,W] of the frame's size that could be alpha; "
-                             f"its outputs are {', '.join(self._candidates)}")
+                             f"its outputs are {', '.join(f'{n} {[*outputs[n].shape]}' for n in self._candidates)}")
         return np.clip(outputs[self._pictures[1]][0, 0].astype(np.float32), 0.0, 1.0)
 
     def foreground_of(self, outputs: Mapping[str, Array]) -> NDArray[np.float32] | None:
@@ -259,6 +262,19 @@ class Session:
                                  "if it is a state, say with which output it goes: --pair IN=OUT")
             constants[name] = np.full([1] * len(shape), ratio, self._types[name])
         return constants
+
+
+    def _refuse_state(self, graph: Graph, ratios: set[str]) -> None:
+        """Raise ModelError for a single number that an output may be the next one of: it may be a state that counts."""
+        flow, states = DataFlow(graph), set(self._states.values())
+        for source in [v for v in graph.inputs if v.name in ratios]:
+            for target in [v for v in graph.outputs if v.name not in states and v.dtype == source.dtype
+                           and v.shape is not None and list(v.shape) == list(source.shape or ())]:
+                if flow.between(source, target):
+                    name = source.name
+                    raise ModelError(f"{self.label}: input {name} {self._shapes[name]} may be a state that output "
+                                     f"{target.name} is the next one of, or a downsample ratio; say which: --pair "
+                                     f"{name}={target.name}, or --pair {name}= for the ratio")
 
 
 def pairs_of(graph: Graph, pairs: Mapping[str, str] | None) -> tuple[StatePair, ...]:
