@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -33,6 +34,72 @@ def test_every_file_that_the_page_names_is_built(built: Path) -> None:
                                    if p.is_file() and p.name != "files.json")
     assert {"index.html", "page.mjs", "worker.mjs", "service.js", "metadata.mjs", "model.onnx",
             "ort/ort.wasm.min.mjs", "ort/ort-wasm-simd-threaded.mjs", "ort/ort-wasm-simd-threaded.wasm"} == set(files)
+
+
+@pytest.fixture
+def tool(tmp_path: Path) -> Path:
+    """tools/web in a copy of the repository, with empty files for onnxruntime-web."""
+    here = tmp_path / "repository"
+    for name in ("docs/web", "docs/examples/node"):
+        shutil.copytree(ROOT / name, here / name)
+    (here / "tools").mkdir()
+    (here / "out" / "npm").mkdir(parents=True)
+    with tarfile.open(here / "out" / "npm" / "onnxruntime-web-1.30.0.tgz", "w:gz") as archive:
+        for name in ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"):
+            archive.addfile(tarfile.TarInfo(f"package/dist/{name}"))
+    return Path(shutil.copy(ROOT / "tools" / "web", here / "tools" / "web"))
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Models and notes in a folder, by name."""
+    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*")
+            if p.is_file() and (p.suffix == ".onnx" or p.name == "notes")}
+
+
+def test_only_what_the_page_is_made_of_is_deleted(tool: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.onnx").write_text(name)
+    page = tmp_path / "page"
+    subprocess.run([tool, tmp_path / "one.onnx", page], check=True, capture_output=True)
+    assert contents(page) == {"one.onnx": "one"}
+    for name in ("mine.onnx", "ort/mine.onnx", "notes"):
+        (page / name).write_text("mine")
+    (page / "page.mjs").write_text("old")
+    subprocess.run([tool, tmp_path / "two.onnx", page], check=True, capture_output=True)
+    assert contents(page) == {"two.onnx": "two", "mine.onnx": "mine", "ort/mine.onnx": "mine", "notes": "mine"}
+    assert (page / "page.mjs").read_bytes() == (ROOT / "docs" / "web" / "page.mjs").read_bytes()
+    files = json.loads((page / "files.json").read_text())
+    assert "two.onnx" in files
+    assert not [f for f in files if "one" in f or "mine" in f or not (page / f).is_file()]
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["models/a.onnx", "models"], "models holds other files than the page's"),
+    (["a.onnx", "models"], "models holds other files than the page's"),
+    (["a.onnx", "foreign"], "foreign holds other files than the page's"),
+    (["page/a.onnx", "page"], "page/a.onnx is in page"),
+    (["link.onnx", "page"], "link.onnx is in page"),
+    (["b.onnx", "page"], "page/b.onnx is in the way"),
+    (["a.onnx", "models/a"], "models/a is a file"),
+    (["a.onnx", "page", "models"], "two folders"),
+    (["a.onnx", "b.onnx", "page"], "two models"),
+    (["--clean", "a.onnx"], "--clean is not known"),
+    (["none.onnx", "page"], "none.onnx is not there")])
+def test_nothing_is_lost_where_no_page_can_be_built(tool: Path, tmp_path: Path, words: list[str], said: str) -> None:
+    here = tmp_path / "here"
+    for name in ("models/a.onnx", "models/b.onnx", "models/a", "a.onnx", "b.onnx", "foreign/notes"):
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_text(name)
+    (here / "foreign" / "files.json").write_text('["notes"]')
+    subprocess.run([tool, here / "a.onnx", here / "page"], check=True, capture_output=True)
+    (here / "page" / "b.onnx").write_text("mine")
+    (here / "link.onnx").symlink_to(here / "page" / "a.onnx")
+    before = contents(here)
+    done = subprocess.run([tool, *words], cwd=here, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert contents(here) == before
 
 
 def test_alpha_is_that_of_python(browser: Browser, compiled: Path) -> None:
