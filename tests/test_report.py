@@ -56,12 +56,18 @@ def graphs(dump: Path) -> tuple[Graph, Graph, dict[str, list[str]]]:
 @pytest.fixture(scope="module")
 def faulty_dump(dump: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same dump with one scale, of a gate of the GRU, 8 times too large from one pass on."""
-    folder = tmp_path_factory.mktemp("faulty") / "dump"
+    return planted(dump, tmp_path_factory.mktemp("faulty") / "dump", "g")
+
+
+def planted(dump: Path, folder: Path, tensor: str) -> Path:
+    """A copy of a dump in which the scale of a tensor is 8 times too large from one pass on, where it is read too."""
     shutil.copytree(dump, folder)
     for path in (*folder.glob("*_quantize_biases.onnx"), *folder.glob("*_lower.onnx")):
         graph = Graph.load(path)
-        quantizer = next(n for n in graph.value("g").outputs if n.op == "QuantizeLinear")
-        quantizer.inputs[1].values = np.asarray(quantizer.inputs[1].values * np.float32(8.0))
+        quantizer = next(n for n in graph.value(tensor).outputs if n.op == "QuantizeLinear")
+        nodes = (quantizer, *quantizer.outputs[0].outputs)
+        for scale in {id(n.inputs[1]): n.inputs[1] for n in nodes}.values():
+            scale.values = np.asarray(scale.values * np.float32(8.0))
         graph.save(path)
     return folder
 
@@ -85,6 +91,14 @@ def test_a_planted_fault_is_named_first(faulty: Inspection, graphs: tuple[Graph,
     assert row.misfit_db == pytest.approx(18.06, abs=1.5)          # 20 log10 8: the noise of steps 8 times as large
     assert row.misfit_db == max(t.misfit_db for t in faulty.tensors if t.misfit_db is not None)
     assert any(f.about == "pass" and f.name == "quantize_biases" for f in faulty.findings)
+
+
+def test_a_fault_is_named_whose_integers_are_read_with_another_scale(dump: Path, tmp_path: Path) -> None:
+    """The candidate of the GRU, which a Tanh reads: as a Sigmoid, with twice the scale."""
+    found = inspect_dump(planted(dump, tmp_path / "dump", "n"))
+    first = found.findings[0]
+    assert (first.about, first.name) == ("tensor", "n")
+    assert "Pass quantize_biases made its range 8 times as wide" in first.says
 
 
 def test_blame_names_the_planted_fault_first(faulty: Inspection) -> None:
@@ -193,7 +207,19 @@ def test_rows_of_weights(seen: Inspection) -> None:
 def test_every_quantized_tensor_has_its_closure(seen: Inspection) -> None:
     names = {b.name for b in seen.blocks}
     assert all(t.closure in names for t in seen.tensors if t.bits is not None)
-    assert {t.name for t in seen.tensors if t.bits is not None} >= {"src", "r", "g", "s", "a", "w0_aligned"}
+    assert {t.name for t in seen.tensors if t.bits is not None} >= {
+        "src", "r", "g", "s", "a", "w0_aligned", "n", "new", "gate", "f3"}
+
+
+def test_results_of_functions_have_the_grids_that_these_fix(seen: Inspection) -> None:
+    rows = {t.name: t for t in seen.tensors}
+    for name, low, high in (("new", -1.0, 127 / 128), ("gate", 0.0, 255 / 256)):        # Tanh, HardSigmoid
+        row = rows[name]
+        assert (row.bits, row.low, row.high, row.misfit_db) == (8, low, high, None)
+        assert row.closure == rows["n" if name == "new" else "f3"].closure
+        assert row.own_db is not None
+        assert 20.0 < row.own_db < 60.0
+        assert low <= row.smallest < row.largest <= 1.0
 
 
 # ------------------------------------------------------------------------------------------------ over time

@@ -8,8 +8,10 @@ With x the float model's values, y the compiled model's before a quantizer, and 
 
 Own noise is the price of the bits, misfit the price of the range: a scale that is 8 times too large costs 18 dB.
 Where one saturating function alone reads a tensor (sigmoid, tanh, ...), all errors are those of its result, as in
-the search for ranges. Of a weight, x = y is the float model's, and misfit is that
-of rounding to nearest, whatever was learned. Numbers are of a fixed sample of each tensor.
+the search for ranges. Of a weight, x = y is the float model's, and misfit is that of rounding to nearest, whatever was
+learned. The results of some functions are integers that are read with another scale than they were written with
+(passes/integer_forms.py): the function fixes that grid, and there is no misfit. Numbers are of a fixed sample of each
+tensor.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmq.graph import Constant, Graph
-from vmq.layers import quantizer_of
+from vmq.layers import quantizer_of, written_by
 from vmq.quant import FUNCTIONS, dequantize, quantize, search_range, search_weight_scale
 from vmq.runtime import Session
 from vmq.spec import QuantSpec
@@ -127,7 +129,7 @@ def decibels(signal: float, noise: float) -> float:
 def range_of(quantized: Graph, name: str) -> tuple[float, float] | None:
     """The ends of the grid that a float tensor is quantized on; None where it is not."""
     values = {v.name: v for v in quantized.values() if not isinstance(v, Constant)}
-    grids = _grids(_raw(values[name])) if name in values else []
+    grids = _read_grid(values[name])[1] if name in values else []
     return grids[-1].ends if grids else None
 
 
@@ -161,8 +163,8 @@ class _Watched:
     """A tensor that is watched while both models run."""
 
     def __init__(self, name: str, raw: str, closure: str, grids: Sequence[_Grid],
-                 through: Callable[..., Array] | None) -> None:
-        self.name, self.raw, self.closure, self.grids = name, raw, closure, grids
+                 through: Callable[..., Array] | None, form: Callable[[Array], Array] | None) -> None:
+        self.name, self.raw, self.closure, self.grids, self.form = name, raw, closure, grids, form
         self.through = through or (lambda x: x)
         self.reader = through
         self.signal = self.noise = 0.0
@@ -170,6 +172,7 @@ class _Watched:
 
     def add(self, x: Array, y: Array) -> None:
         """The values of a frame, float and ours before the quantizers."""
+        y = self.form(y) if self.form is not None else y
         self.kept.append(y)
         for grid in self.grids:
             y = grid.round(y)
@@ -189,13 +192,16 @@ class _Watched:
             rounded = step.round(rounded)
         wanted = self.through(y)
         own = _squares(self.through(rounded) - wanted)
+        seen: dict[str, Any] = {**basic, **_use(grid.places(y), grid.low, grid.high),
+                                "own_db": decibels(_squares(wanted), own),
+                                "bits": grid.spec.bits, "low": grid.ends[0], "high": grid.ends[1]}
+        if self.form is not None and len(self.grids) == 1:
+            return Tensor(**seen)
         scale, zero = search_range(y, float(y.min()), float(y.max()), grid.spec, norm=2.0, steps=STEPS,
                                    through=self.reader)
         best = _Grid(scale, zero, grid.spec.qmin, grid.spec.qmax)
         reachable = _squares(self.through(best.round(y)) - wanted)
-        return Tensor(**basic, **_use(grid.places(y), grid.low, grid.high), own_db=decibels(_squares(wanted), own),
-                      misfit_db=_misfit(own, reachable, _squares(wanted)), bits=grid.spec.bits,
-                      low=grid.ends[0], high=grid.ends[1])
+        return Tensor(**seen, misfit_db=_misfit(own, reachable, _squares(wanted)))
 
 
 def _watched(reference: Graph, quantized: Graph, homes: Mapping[str, str]) -> list[_Watched]:
@@ -206,13 +212,36 @@ def _watched(reference: Graph, quantized: Graph, homes: Mapping[str, str]) -> li
         ours = values.get(value.name)
         if ours is None or isinstance(value, Constant) or (value.dtype is not None and value.dtype != np.float32):
             continue
-        raw = _raw(ours)
-        if isinstance(raw, Constant):
+        behind, grids, written = _read_grid(ours)
+        if isinstance(behind, Constant):
             continue
-        near = raw.inputs or raw.outputs
-        found.append(_Watched(value.name, raw.name, homes.get(near[0].name, "") if near else "", _grids(raw),
-                              _function(value)))
+        near = behind.inputs or behind.outputs
+        raw = behind if written is None else written.inputs[0]
+        form = partial(_as_read, written, behind.inputs[0]) if written is not None else None
+        found.append(_Watched(value.name, raw.name, homes.get(near[0].name, "") if near else "", grids,
+                              _function(value), form))
     return found
+
+
+def _read_grid(value: Any) -> tuple[Any, list[_Grid], Any]:
+    """A value before its own quantizers, the grids that it goes through, and None.
+
+    Of a form's result (passes/integer_forms.py) the grid that it is read on is the first of these, and the third is
+    the QuantizeLinear of its integers.
+    """
+    raw = _raw(value)
+    reader = raw.inputs[0] if raw.inputs else None
+    written = written_by(reader) if reader is not None and reader.op == "DequantizeLinear" else None
+    return raw, ([_grid(reader)] if written is not None else []) + _grids(raw), written
+
+
+def _as_read(written: Any, reader: Any, y: Array) -> Array:
+    """What a form reads where this was written, but for rounding: shifted, saturated, scaled."""
+    ours, theirs = _grid(written), _grid(reader)
+    places = ours.places(y)
+    if ours.zero != theirs.zero:                       # the function saturates where the integers do
+        places = np.clip(places, ours.low, ours.high + 1)
+    return ((places - theirs.zero) * theirs.scale).astype(np.float32)
 
 
 def _raw(value: Any) -> Any:
@@ -226,21 +255,29 @@ def _raw(value: Any) -> Any:
 
 
 def _grids(raw: Any) -> list[_Grid]:
-    """The quantizers that a value goes through on its way to its most demanding reader."""
+    """The quantizers that a value goes through on its way to its most demanding reader.
+
+    The last may be one whose integers are only read with another scale: its own grid counts.
+    """
     grids: list[_Grid] = []
     value = raw
     while True:
-        pairs = [(pair, d) for q in value.outputs if q.op == "QuantizeLinear"
+        reads = [d for q in value.outputs if q.op == "QuantizeLinear"
                  for c in q.outputs[0].outputs for d in ([c] if c.op == "DequantizeLinear" else c.outputs[0].outputs)
-                 if d.op == "DequantizeLinear" for pair in [quantizer_of(d)] if pair is not None]
+                 if d.op == "DequantizeLinear"]
+        pairs = [(pair, d) for d in reads for pair in [quantizer_of(d)] if pair is not None]
         if not pairs:
-            return grids
+            return grids + [_grid(q) for d in reads[-1:] for q in [written_by(d)] if q is not None]
         (node, limits), dequantizer = pairs[-1]
-        spec = QuantSpec.of(node.inputs[2].dtype)
-        grids.append(_Grid(np.asarray(node.inputs[1].values, np.float32).reshape(()),
-                           np.asarray(node.inputs[2].values).astype(np.float32).reshape(()),
-                           *(limits or (spec.qmin, spec.qmax))))
+        grids.append(_grid(node, limits))
         value = dequantizer.outputs[0]
+
+
+def _grid(node: Any, limits: tuple[int, int] | None = None) -> _Grid:
+    """The grid of a Q or DQ, of whole tensors, perhaps with fewer levels than its type has."""
+    spec = QuantSpec.of(node.inputs[2].dtype)
+    return _Grid(np.asarray(node.inputs[1].values, np.float32).reshape(()),
+                 np.asarray(node.inputs[2].values).astype(np.float32).reshape(()), *(limits or (spec.qmin, spec.qmax)))
 
 
 def _function(value: Any) -> Callable[..., Array] | None:
