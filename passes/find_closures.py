@@ -98,6 +98,13 @@ class Closures:
         return Closures(tuple(replace(s, nodes=grown(s.nodes)) for s in self.states),
                         tuple(replace(b, nodes=grown(b.nodes)) for b in self.blocks))
 
+    def to_json(self) -> dict[str, Any]:
+        """In plain JSON types, as passes report it."""
+        return {"states": [{"input": s.pair.input, "output": s.pair.output, "nodes": len(s.nodes)}
+                           for s in self.states],
+                "closures": [list(nodes) for nodes in self.recurrent],
+                "blocks": [{"name": b.name, "nodes": list(b.nodes)} for b in self.blocks]}
+
 
 class FindClosures(Pass):
     """Pair the states, and cut the graph into blocks that contain whole state updates."""
@@ -111,10 +118,7 @@ class FindClosures(Pass):
         context.found[self.name] = found
         return PassResult(
             notes=() if found.states else ("no recurrent state found: the model is feed-forward",),
-            report={"states": [{"input": s.pair.input, "output": s.pair.output, "nodes": len(s.nodes)}
-                               for s in found.states],
-                    "closures": [list(nodes) for nodes in found.recurrent],
-                    "blocks": [{"name": b.name, "nodes": list(b.nodes)} for b in found.blocks]})
+            report=found.to_json())
 
 
 def find_closures(graph: Graph, pairs: Sequence[StatePair]) -> Closures:

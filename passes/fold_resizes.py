@@ -37,11 +37,14 @@ class FoldResizes(Pass):
     name: ClassVar[str] = "fold_resizes"
 
     def run(self, graph: Graph, context: Context) -> PassResult:
-        """Leave in `context.found`, for each new convolution, the name of the one that it is a part of."""
+        """Leave in `context.found`, for each new convolution, the name of the one that it is a part of.
+
+        The report is that of find_closures, with the new nodes in it.
+        """
         target = context.options.target
         if not target.integer_layout or "Resize" not in target.forms:
             return PassResult()
-        folded, places = 0, dict[str, str]()
+        folded, places, report = 0, dict[str, str](), dict[str, Any]()
         for node in list(graph.nodes):
             parts = _resized_parts(graph, node)
             if parts is not None:
@@ -56,8 +59,9 @@ class FoldResizes(Pass):
             context.found[self.name] = {n.name: places[n.name] for n in graph.nodes
                                         if n.op == "Conv" and n.name in places}
             if (closures := context.found.get("find_closures")) is not None:
-                context.found["find_closures"] = closures.with_new(graph, places)
-        return PassResult(modified=folded)
+                context.found["find_closures"] = closures = closures.with_new(graph, places)
+                report = closures.to_json()
+        return PassResult(modified=folded, report=report)
 
 
 def _resized_parts(graph: Graph, conv: Any) -> tuple[Any, list[Any]] | None:

@@ -222,6 +222,35 @@ def test_results_of_functions_have_the_grids_that_these_fix(seen: Inspection) ->
         assert low <= row.smallest < row.largest <= 1.0
 
 
+# ------------------------------------------------------------------------------------------------ closures
+
+RESIZED = """(float[1,3,32,48] src, float[4,3,3,3] w0, float[4,7,3,3] w1, float[1,4,3,3] w2)
+    => (float[1,1,32,48] pha) {
+    factors = Constant <value_floats = [1.0, 1.0, 2.0, 2.0]> ()
+    a = Conv <pads = [1,1,1,1], strides = [2,2]> (src, w0)
+    b = Resize <mode = "linear"> (a, , factors)
+    c = Concat <axis = 1> (b, src)
+    d = Conv <pads = [1,1,1,1]> (c, w1)
+    e = Relu (d)
+    f = Conv <pads = [1,1,1,1]> (e, w2)
+    pha = Sigmoid (f)
+}"""
+
+
+def test_closures_hold_what_folding_a_resize_made(tmp_path: Path) -> None:
+    graph = read(RESIZED)
+    for node in graph.nodes:
+        node.name = f"/net/part_{node.outputs[0].name}/{node.op}"
+    vmq.compile(graph, recipe="mse", effort="fast", dump=tmp_path)
+    folded = Graph.load(next(tmp_path.glob("*_fold_resizes.onnx")))
+    assert sum(n.op == "Conv" for n in folded.nodes) == 5                 # the ends of rows have their own
+    found = inspect_dump(tmp_path)
+    assert sorted(n for b in found.blocks for n in b.nodes) == sorted(n.name for n in folded.nodes)
+    assert [b.reads for b in found.blocks] == [[], *([b.name] for b in found.blocks[:-1])]
+    assert [n for b in found.blocks for n in b.layers] == [f"/net/part_{x}/Conv" for x in "adf"]
+    assert found.blocks[0].label == "part_a"
+
+
 # ------------------------------------------------------------------------------------------------ over time
 
 

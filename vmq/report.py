@@ -61,9 +61,9 @@ class Closure:
     """A block of reconstruction, as it came out.
 
     Attributes:
-        name, nodes: as `find_closures` gave them.
+        name, nodes: as `find_closures` gave them, with what `fold_resizes` put in.
         label: where its layers stand in the model, for people.
-        layers: names of its multiply-add nodes.
+        layers: names of its multiply-add nodes, those of `find_closures`.
         states: inputs of the recurrent states that it updates.
         reads: names of the closures before it that it reads from.
         bits: widths of its layers' weights and of its tensors, as "W4 A4/8"; empty where it has none.
@@ -230,6 +230,8 @@ def inspect_dump(folder: Path, progress: Callable[[str, float], None] = lambda _
     passes = [{"name": e["name"], "modified": e["modified"], "seconds": e["seconds"],
                "alpha_MAD": scores.get(e["name"])} for e in pipeline["passes"]]
     parts = reports.get("find_closures", {}).get("report", {})
+    named = [node for block in parts.get("blocks", []) for node in block["nodes"]]
+    parts = {**parts, **reports.get("fold_resizes", {}).get("report", {}), "named": named}
     base = Inspection(
         passes, parts.get("closures", []), [], [f"{name}: {n}" for name, r in reports.items() for n in r["notes"]],
         wider=reports.get(UNCALIBRATED, {}).get("report", {}).get("wider", {}),
@@ -341,7 +343,8 @@ def _closures(members: dict[str, list[str]], parts: dict[str, Any], reference: G
     reference.infer_shapes()
     own = {node: name for name, nodes in members.items() for node in nodes}
     nodes = {n.name: n for n in reference.nodes}
-    shared = _common([n.name for n in reference.nodes if n.op in WEIGHTED])
+    named = set(parts["named"])
+    shared = _common([n.name for n in reference.nodes if n.op in WEIGHTED and n.name in named])
     rows = {t.name: t for t in tensors}
     outputs = {v.name: v for v in reference.outputs}
     updates: dict[str, list[str]] = {name: [] for name in members}
@@ -362,7 +365,7 @@ def _closures(members: dict[str, list[str]], parts: dict[str, Any], reference: G
         bits = " ".join(f"{letter}{'/'.join(map(str, widths[kind]))}" for letter, kind in
                         (("W", "weight"), ("A", "activation")) if widths[kind])
         shape = next((list(v.shape[1:]) for v in reversed(gives) if v.shape), [])
-        layers = [n.name for n in here if n.op in WEIGHTED]
+        layers = [n.name for n in here if n.op in WEIGHTED and n.name in named]
         found.append(Closure(name, _label(layers or inside, len(shared)), list(inside), layers, updates[name],
                              [m for m in members if m in reads], bits, shape,
                              _pooled([t.sqnr_db for t in measured])))
