@@ -21,12 +21,14 @@ EXAMPLES = ROOT / "docs" / "examples"
 FRAMES = 5
 
 
-@pytest.fixture(scope="module", params=["float32", "uint8"])
+@pytest.fixture(scope="module", params=[
+    {"state": "float32"}, {"state": "uint8", "mean": 0.5, "std": (0.25, 0.2, 0.3)}], ids=["plain", "uint8-normalized"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("compiled") / "model.onnx"
-    vmq.compile(network(), bits=4, recipe="mse", effort="fast", state=request.param, output=path)
-    kinds = {i.type for i in ort.InferenceSession(str(path)).get_inputs()}
-    assert ("tensor(uint8)" in kinds) == (request.param == "uint8")
+    vmq.compile(network(), bits=4, recipe="mse", effort="fast", output=path, **request.param)
+    session = ort.InferenceSession(str(path))
+    assert ("tensor(uint8)" in {i.type for i in session.get_inputs()}) == (request.param["state"] == "uint8")
+    assert ("vmq.normalization" in session.get_modelmeta().custom_metadata_map) == ("mean" in request.param)
     return path
 
 

@@ -6,9 +6,11 @@
 #include <onnxruntime_cxx_api.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -32,6 +34,19 @@ int zero_point_of(const std::string& json, const std::string& state) {
     return at == std::string::npos ? 0 : std::stoi(json.substr(at + 13));
 }
 
+// Three numbers of {"mean": [0.5], "std": [0.25, 0.2, 0.3]}: where there is one, it stands for all of them.
+std::array<float, 3> numbers_of(const std::string& json, const std::string& name) {
+    std::array<float, 3> numbers{};
+    const char* at = json.c_str() + json.find('[', json.find('"' + name + '"')) + 1;
+    for (size_t i = 0; i < 3; ++i) {
+        char* end;
+        const double number = std::strtod(at, &end);
+        numbers[i] = end != at ? static_cast<float>(number) : numbers[0];
+        at = *end == ',' ? end + 1 : end;
+    }
+    return numbers;
+}
+
 int run(const char* path) {
     Ort::Env env(ORT_LOGGING_LEVEL_WARNING, "matte");
     Ort::Session session(env, path, Ort::SessionOptions{});
@@ -41,6 +56,9 @@ int run(const char* path) {
     if (!text) throw std::runtime_error("the file has no vmq.states: it was not compiled by vmq");
     const auto pairs = pairs_of(text.get());
     const auto grids = metadata.LookupCustomMetadataMapAllocated("vmq.quantized_states", allocator);
+    const auto norm = metadata.LookupCustomMetadataMapAllocated("vmq.normalization", allocator);
+    const std::string numbers = norm ? norm.get() : R"({"mean": [0], "std": [1]})";
+    const auto mean = numbers_of(numbers, "mean"), deviation = numbers_of(numbers, "std");
     std::map<std::string, std::string> state_of;                                  // output -> the input it feeds
     for (const auto& [input, output] : pairs) state_of[output] = input;
 
@@ -75,9 +93,10 @@ int run(const char* path) {
     const size_t area = size[2] * size[3];
     std::vector<uint8_t> rgb(3 * area), matte(area);
     while (std::fread(rgb.data(), 1, rgb.size(), stdin) == rgb.size()) {
-        float* planes = feeds[frame].GetTensorMutableData<float>();               // HWC, 0..255 -> CHW, 0..1
+        float* planes = feeds[frame].GetTensorMutableData<float>();               // HWC -> CHW
         for (size_t pixel = 0; pixel < area; ++pixel)
-            for (size_t c = 0; c < 3; ++c) planes[c * area + pixel] = rgb[3 * pixel + c] / 255.0f;
+            for (size_t c = 0; c < 3; ++c)
+                planes[c * area + pixel] = (rgb[3 * pixel + c] / 255.0f - mean[c]) / deviation[c];
         auto results = session.Run({}, inputs.data(), feeds.data(), inputs.size(), outputs.data(), outputs.size());
         const float* values = results[alpha].GetTensorData<float>();
         for (size_t pixel = 0; pixel < area; ++pixel)

@@ -11,6 +11,8 @@ const session = await ort.InferenceSession.create(path);
 const metadata = readMetadata(readFileSync(path));
 const pairs = JSON.parse(metadata["vmq.states"]);                                // {"r1i": "r1o", ...}
 const grids = JSON.parse(metadata["vmq.quantized_states"] ?? "{}");              // of states that are uint8
+const norm = JSON.parse(metadata["vmq.normalization"] ?? '{"mean":[0],"std":[1]}');   // one number, or three
+const [mean, std] = [norm.mean, norm.std].map(numbers => Float32Array.from([0, 1, 2], c => numbers[c % numbers.length]));
 
 // The frame is the input [1,3,H,W] that is no state, alpha the output [1,1,H,W] that is none.
 const frame = session.inputMetadata.find(i => !(i.name in pairs) && i.shape.length === 4 && i.shape[1] === 3);
@@ -32,9 +34,11 @@ for await (const chunk of process.stdin) {
 }
 
 async function matte(rgb) {
-    const planes = new Float32Array(size);                                       // HWC, 0..255 -> CHW, 0..1
+    const planes = new Float32Array(size), round = Math.fround;                  // HWC -> CHW, in float32 as elsewhere
     for (let pixel = 0, area = height * width; pixel < area; pixel++) {
-        for (let c = 0; c < 3; c++) planes[c * area + pixel] = rgb[3 * pixel + c] / 255;
+        for (let c = 0; c < 3; c++) {
+            planes[c * area + pixel] = round(round(rgb[3 * pixel + c] / 255) - mean[c]) / std[c];
+        }
     }
     feeds[frame.name] = new ort.Tensor("float32", planes, frame.shape);
     const outputs = await session.run(feeds);
