@@ -105,8 +105,17 @@ def test_blame_names_the_planted_fault_first(faulty: Inspection) -> None:
     block = next(b for b in faulty.blocks if b.name == faulty.blame[0].name)
     assert block.states == ["r"]
     assert faulty.tensor_blame[0].name == "g"
-    assert max(faulty.tensor_blame, key=lambda b: b.gain).name == "g"
+    assert faulty.tensor_blame == sorted(faulty.tensor_blame, key=lambda b: (-b.gain, b.name))
     assert any(f.about == "closure" and f.name == block.name and " g " in f.says for f in faulty.findings)
+
+
+def test_gains_are_of_the_graph_that_they_were_measured_on(faulty: Inspection) -> None:
+    """That is not the last one, which here has no fault."""
+    scores = {p["name"]: p["alpha_MAD"] for p in faulty.passes if p["alpha_MAD"] is not None}
+    assert list(scores)[-1] != "lower"
+    assert faulty.whole == pytest.approx(scores["lower"], rel=1e-6)
+    gain = faulty.blame[0].gain
+    assert any(f"falls from {scores['lower']:.2f} to {scores['lower'] - gain:.2f}." in f.says for f in faulty.findings)
 
 
 def test_nothing_is_unfit_without_a_fault(seen: Inspection) -> None:
@@ -141,12 +150,23 @@ def test_the_quantizers_of_a_closure_fall_apart_into_those_of_its_tensors(
         assert set(units) <= {v.name for v in exact.values()}
 
 
+def test_tensors_on_one_grid_are_blamed_together(graphs: tuple[Graph, Graph, dict[str, list[str]]]) -> None:
+    """What a Split hands on is rounded again behind it: to bypass one quantizer alone changes nothing."""
+    exact, ours, closures = graphs
+    name = next(name for name, nodes in closures.items() if exact.value("gates").inputs[0].name in nodes)
+    units = tensor_quantizers(ours, exact, closures, name)
+    assert "gates" in units
+    assert not {"reset", "update"} & set(units)
+    _, (found,) = blame(ours, exact, {"gates": units["gates"]}, np.stack(list(clips(1, 3)[0].frames())))
+    assert found.gain != 0.0
+
+
 def test_cost_and_gain_are_what_masks_give(graphs: tuple[Graph, Graph, dict[str, list[str]]]) -> None:
     exact, ours, closures = graphs
     frames = np.stack(list(clips(1, 3)[0].frames()))
     units = closure_quantizers(ours, closures)
     name = list(units)[1]
-    found, = blame(ours, exact, {name: units[name]}, frames)
+    whole, (found,) = blame(ours, exact, {name: units[name]}, frames)
     everything = {n.name for n in ours.nodes if n.op == "DequantizeLinear"}
 
     def error(graph: Graph) -> float:
@@ -154,6 +174,7 @@ def test_cost_and_gain_are_what_masks_give(graphs: tuple[Graph, Graph, dict[str,
         return float(np.abs(a - b).mean()) * 1e3
 
     assert found.cost == pytest.approx(error(masked(ours, exact, everything - units[name])), rel=1e-6)
+    assert whole == pytest.approx(error(ours), rel=1e-6)
     assert found.gain == pytest.approx(error(ours) - error(masked(ours, exact, units[name])), rel=1e-6)
     assert found.cost > 0.0
 

@@ -52,8 +52,9 @@ class Blame:
 
 def blame(quantized: Graph, reference: Graph, units: Mapping[str, Collection[str]], frames: Frames, *,
           session: Mapping[str, Any] | None = None, progress: Callable[[float], None] = lambda _share: None,
-          ) -> list[Blame]:
-    """Cost and gain of every closure (or whatever the units are); where most is to gain first.
+          ) -> tuple[float, list[Blame]]:
+    """The error with everything quantized, which gains are of, and every closure's (or whatever the units are) cost
+    and gain, where most is to gain first.
 
     Args:
         quantized: the compiled model.
@@ -77,7 +78,7 @@ def blame(quantized: Graph, reference: Graph, units: Mapping[str, Collection[str
         progress((index + 0.5) / len(units))
         found.append(Blame(name, alone, whole - error(nodes)))
         progress((index + 1) / len(units))
-    return sorted(found, key=lambda b: (-b.gain, b.name))
+    return whole, sorted(found, key=lambda b: (-b.gain, b.name))
 
 
 def closure_quantizers(quantized: Graph, closures: Mapping[str, Collection[str]]) -> dict[str, set[str]]:
@@ -101,7 +102,8 @@ def tensor_quantizers(quantized: Graph, reference: Graph, closures: Mapping[str,
                       ) -> dict[str, set[str]]:
     """The DequantizeLinear nodes of each tensor of the closure called `name`, by the tensor's name in the float graph.
 
-    A layer's bias belongs to its weight.
+    A layer's bias belongs to its weight. Tensors that share a grid are one unit, under the first one's name: where one
+    quantizer of a value that a Split hands on, or that goes round as a state, is bypassed, the next rounds the same.
     """
     twins = {n.name: n for n in reference.nodes}
     known = {v.name for v in reference.values()}
@@ -122,7 +124,21 @@ def tensor_quantizers(quantized: Graph, reference: Graph, closures: Mapping[str,
         else:
             behind = next((n for n in reversed(chain) if n in known), None) or _first_known(node.outputs[0], known)
             units.setdefault(behind, set()).add(node.name)
-    return units
+    return _on_one_grid(quantized, units)
+
+
+def _on_one_grid(quantized: Graph, units: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    """The units with those joined whose quantizers have a scale in common."""
+    scales = {n.name: {id(q.inputs[1]) for q in (n, written_by(n)) if q is not None}
+              for n in quantized.nodes if n.op == "DequantizeLinear"}
+    joined: list[tuple[str, set[str], set[int]]] = []
+    for name, nodes in units.items():
+        grids = {scale for node in nodes for scale in scales[node]}
+        same = [unit for unit in joined if unit[2] & grids]
+        joined = [unit for unit in joined if not unit[2] & grids]
+        joined.append((min((name, *(u[0] for u in same)), key=list(units).index),
+                       nodes.union(*(u[1] for u in same)), grids.union(*(u[2] for u in same))))
+    return {name: nodes for name, nodes, _ in joined}
 
 
 def _first_known(value: Any, known: Collection[str]) -> str:

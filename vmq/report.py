@@ -101,7 +101,8 @@ class Inspection:
         blocks: all closures, in topological order.
         loop: error over the probe clip.
         blame: of closures, where most is to gain first; empty if not asked for.
-        tensor_blame: of the tensors of the first of these, costliest first.
+        tensor_blame: of the tensors of the first of these, again where most is to gain first; one for each grid.
+        whole: alpha MAD that gains are of, everything quantized.
         findings: what costs most and what to try, the gravest first.
         wider: what has more bits than nominal.
         chosen: what passes/choose_bits.py reports; empty without a budget.
@@ -117,6 +118,7 @@ class Inspection:
     loop: LoopError | None = None
     blame: list[Blame] = field(default_factory=list)
     tensor_blame: list[Blame] = field(default_factory=list)
+    whole: float = 0.0
     findings: list[Finding] = field(default_factory=list)
     wider: dict[str, str] = field(default_factory=dict)
     chosen: dict[str, Any] = field(default_factory=dict)
@@ -129,7 +131,7 @@ class Inspection:
                 "notes": self.notes, "findings": [asdict(f) for f in self.findings],
                 "blocks": [asdict(b) for b in self.blocks], "loop": self.loop.to_json() if self.loop else None,
                 "blame": [b.to_json() for b in self.blame], "tensor_blame": [b.to_json() for b in self.tensor_blame],
-                "wider": self.wider, "chosen": self.chosen, "setup": self.setup}
+                "whole": self.whole, "wider": self.wider, "chosen": self.chosen, "setup": self.setup}
 
     def lines(self, tensors: int = 20) -> list[str]:
         """The tables as text, with the worst `tensors` tensors."""
@@ -155,7 +157,7 @@ class Inspection:
             lines += ["", *_blame_lines("closure", self.blame, titles), "",
                       *_blame_lines(f"tensor of {titles[self.blame[0].name]}", self.tensor_blame, {}),
                       "cost: alpha MAD with this alone quantized; gain: what the alpha MAD falls by with this alone in "
-                      "float"]
+                      f"float, from {self.whole:.3f}"]
         lines += ["", f"{'SQNR dB':>8}{'own dB':>8}{'misfit':>8}  tensor (worst {min(tensors, len(self.tensors))} of "
                   f"{len(self.tensors)})"]
         for t in self.tensors[:tensors]:
@@ -256,15 +258,14 @@ def _measured(base: Inspection, parts: dict[str, Any], reference: Graph, quantiz
     loop = measure_loop(reference, quantized, base.frames, session=how,
                         progress=lambda share: progress("error over time", share))
     blocks = _closures(members, parts, reference, tensors)
-    rows, inner = list[Blame](), list[Blame]()
+    whole, rows, inner = 0.0, list[Blame](), list[Blame]()
     if with_blame:
-        rows = blame(quantized, reference, closure_quantizers(quantized, members), some, session=how,
-                     progress=lambda share: progress("blame: closures", share))
-        inner = blame(quantized, reference, tensor_quantizers(quantized, reference, members, rows[0].name), some,
-                      session=how, progress=lambda share: progress("blame: tensors", share))
-        inner.sort(key=lambda b: (-b.cost, b.name))
+        whole, rows = blame(quantized, reference, closure_quantizers(quantized, members), some, session=how,
+                            progress=lambda share: progress("blame: closures", share))
+        _, inner = blame(quantized, reference, tensor_quantizers(quantized, reference, members, rows[0].name), some,
+                         session=how, progress=lambda share: progress("blame: tensors", share))
     found = Inspection(**{**vars(base), "tensors": tensors, "blocks": blocks, "loop": loop, "blame": rows,
-                          "tensor_blame": inner})
+                          "tensor_blame": inner, "whole": whole})
     found.findings.extend(_findings(found, dumps))
     return found
 
@@ -459,20 +460,19 @@ def _rescaled(name: str, dumps: Sequence[tuple[str, Path]]) -> str:
 
 
 def _blamed(seen: Inspection, titles: dict[str, str]) -> list[Finding]:
-    found = []
-    whole = next(p["alpha_MAD"] for p in reversed(seen.passes) if p["alpha_MAD"] is not None)
+    found, whole = list[Finding](), seen.whole
     blocks = {b.name: b for b in seen.blocks}
     worst, first = seen.blame[0], max(seen.blame, key=lambda b: b.cost)
-    inner = f" In it, most of it is {seen.tensor_blame[0].name} (alone quantized {seen.tensor_blame[0].cost:.2f})." \
-        if seen.tensor_blame else ""
     if worst.gain > 0.0:
+        inner = f" In it, most is to gain at {seen.tensor_blame[0].name} ({seen.tensor_blame[0].gain:.2f})." \
+            if seen.tensor_blame and seen.tensor_blame[0].gain > 0.0 else ""
         found.append(Finding("closure", worst.name, f"Most is to gain at {titles[worst.name]}: with it alone in "
                              f"float, alpha MAD falls from {whole:.2f} to {whole - worst.gain:.2f}.{inner}",
                              _widen(blocks[worst.name])))
     if first.name != worst.name or worst.gain <= 0.0:
         found.append(Finding("closure", first.name, f"{titles[first.name]} costs most alone: with nothing else "
-                             f"quantized, alpha MAD is {first.cost:.2f} (everything quantized: {whole:.2f})."
-                             + (inner if worst.gain <= 0.0 else ""), _widen(blocks[first.name])))
+                             f"quantized, alpha MAD is {first.cost:.2f} (everything quantized: {whole:.2f}).",
+                             _widen(blocks[first.name])))
     return found
 
 
