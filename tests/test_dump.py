@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -81,7 +82,8 @@ def test_numbered_files(tmp_path: Path) -> None:
     assert pipeline["finished"] is True
     assert pipeline["command"] == "vmq compile m.onnx"
     assert pipeline["options"]["seed"] == 7
-    assert {"vmq", "onnx", "onnxruntime", "numpy", "python"} <= set(pipeline["versions"])
+    assert {"vmq", "onnx", "onnxruntime", "numpy", "python", "torch"} <= set(pipeline["versions"])
+    assert pipeline["versions"]["model"] == hashlib.sha256((folder / "00_input.onnx").read_bytes()).hexdigest()[:16]
     assert [(p["index"], p["name"], p["modified"], p["model"]) for p in pipeline["passes"]] == [
         (1, "append", 1, "01_append.onnx"), (2, "find", 0, None), (3, "append", 1, "03_append.onnx")]
     assert all(p["seconds"] >= 0 for p in pipeline["passes"])

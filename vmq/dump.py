@@ -4,7 +4,7 @@
     DIR/NN_pass.onnx, .txt, .diff   the graph after pass NN, as text, and what changed in the text
     DIR/NN_pass.json                the pass's report: changes, notes, seconds
     DIR/probe.npz                   a few calibration frames (uint8 [T,3,H,W]), to score every dump with
-    DIR/pipeline.json               options, versions, passes, timings, and the files above
+    DIR/pipeline.json               options, versions (of the model: a hash), passes, timings, and the files above
     DIR/NN_pass.failed.onnx, .json  on failure: the graph the pass was given, the error, how to run it again
 
 An analysis changes nothing, so it leaves only its .json; so does a transformation that found nothing to do.
@@ -12,6 +12,7 @@ An analysis changes nothing, so it leaves only its .json; so does a transformati
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import platform
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
+import torch
 
 from vmq import __version__
 from vmq.errors import OutputError
@@ -63,12 +65,13 @@ class Dump(Observer):
                 from error
 
     def started(self, graph: Graph, context: Context, passes: Sequence[Pass]) -> None:
-        self._context = context
+        self._context, model = context, graph.to_bytes()
         self._pipeline: dict[str, Any] = {
-            "command": self.command, "options": context.options.describe(), "versions": versions(),
+            "command": self.command, "options": context.options.describe(),
+            "versions": versions() | {"model": hashlib.sha256(model).hexdigest()[:16]},
             "clips": [{"name": c.name, "frames": len(c)} for c in context.clips], "passes": [], "finished": False}
         self._text = format_graph(graph)
-        self._write("00_input.onnx", graph.to_bytes())
+        self._write("00_input.onnx", model)
         self._write("00_input.txt", self._text.encode())
 
     def after(self, index: int, step: Pass, graph: Graph, result: PassResult, seconds: float) -> None:
@@ -130,4 +133,5 @@ def _files_of(folder: Path) -> list[str] | None:
 def versions() -> dict[str, str]:
     """Versions of what decides a result."""
     return {"vmq": __version__, "python": platform.python_version(), "numpy": np.__version__,
-            "onnx": onnx.__version__, "onnxruntime": ort.__version__, "machine": platform.machine()}
+            "onnx": onnx.__version__, "onnxruntime": ort.__version__, "torch": torch.__version__,
+            "machine": platform.machine()}
