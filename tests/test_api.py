@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +18,8 @@ import pytest
 
 import vmq
 import vmq.cli
+import vmq.compiler
+from vmq.spec import EFFORTS
 
 COMMAND_LINE_ONLY = {"help", "quiet", "json"}
 RENAMED = {"pair": "pairs"}
@@ -51,6 +55,26 @@ def test_defaults_are_those_of_the_command() -> None:
         said = getattr(args, {"pairs": "pair"}.get(name, name), None)
         if name not in PYTHON_ONLY | {"model"}:
             assert str(parameter.default or "") == str(said or "") or not (parameter.default or said), name
+
+
+def test_a_call_as_a_command() -> None:
+    """What a dump from Python says, read by the command line, gives the same arguments."""
+    given = {"model": Path("my model.onnx"), "bits": "auto", "budget": "60%", "recipe": "mse",
+             "calib": ["a b/", "c.mp4"], "size": (320, 192), "downsample_ratio": 0.25, "effort": EFFORTS["fast"],
+             "target": "qnn", "container": "int8", "keep": {"first": 4, "/net/Conv": 8}, "pairs": {"r": "s", "t": ""},
+             "seed": 3, "output": "out.onnx", "dump": "dump", "device": "cuda", "state": "uint8",
+             "mean": (-0.5, 0.25, 1.0), "std": 0.5}
+    words = shlex.split(vmq.compiler.command_of(given))
+    args = vmq.cli._parser().parse_args(words[1:])
+    want = given | {"calib": [Path("a b"), Path("c.mp4")], "size": "320x192", "effort": "fast",
+                    "keep": [("first", 4), ("/net/Conv", 8)], "pair": [("r", "s"), ("t", "")],
+                    "output": Path("out.onnx"), "dump": Path("dump"), "std": (0.5,)}
+    assert {name: getattr(args, name) for name in want if name != "pairs"} == {
+        name: value for name, value in want.items() if name != "pairs"}
+    assert shlex.split(vmq.compiler.command_of({"model": b"", "dump": "d"})) == [
+        "vmq", "compile", "d/00_input.onnx", "--dump=d"]
+    mine = dataclasses.replace(EFFORTS["fast"], steps=1)
+    assert vmq.compiler.command_of({"model": "m.onnx", "effort": mine}) == ""
 
 
 @pytest.mark.parametrize("function", [vmq.compile, vmq.Session])

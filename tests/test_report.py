@@ -323,6 +323,8 @@ def renamed() -> Graph:
 def test_a_renamed_model_with_other_bits(dump: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     vmq.compile(renamed(), bits="w4a8", recipe="mse", effort="fast", calib=[dump.parent / "footage"],
                 dump=tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "pipeline.json").read_text())["command"].startswith(
+        f"vmq compile {tmp_path / 'b' / '00_input.onnx'} --bits=w4a8 --recipe=mse --calib ")
     page = tmp_path / "page.html"
     assert main(["inspect", str(dump), str(tmp_path / "b"), "--json", "-q", "--html", str(page)]) == 0
     said = json.loads(capsys.readouterr().out)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,13 +150,14 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
         state: what recurrent states are between frames: float32, as in the model that goes in, or uint8.
         mean, std: what the model takes instead of RGB in 0..1 is (frame - mean) / std, one number or three; noted in
             the file's metadata. Default: what the model's own metadata say, or RGB in 0..1.
-        command: noted in the dump as the way to repeat it.
+        command: noted in the dump as the way to repeat it. Default: the command line that does the same.
         observers: watch the passes.
         progress: called with (what is being done, share done).
 
     Raises:
         VmqError: bad input, by kind; a file named `output` is as it was before.
     """
+    command = command or (command_of(locals()) if dump is not None else "")
     widths, within = parse_bits(bits, budget)
     effort = effort if isinstance(effort, Effort) else _named(EFFORTS, "--effort", effort)
     options = Options(bits=widths, budget=within, recipe=Recipe.load(recipe), effort=effort,
@@ -195,6 +198,34 @@ def compile(  # noqa: A001  (the name of what it does: vmq.compile)
     return Result(graph, Path(output) if output is not None else None,
                   {p.name: r for p, r in zip(PIPELINE, results, strict=True)}, len(graph.to_bytes()), input_bytes,
                   frames=(sum(map(len, sampled)), sum(map(len, clips))), synthetic=not calib, squeezed=squeezed)
+
+
+def command_of(given: Mapping[str, Any]) -> str:
+    """The command line that does what `compile` does with these arguments; empty where there is none.
+
+    A model that is no file is that of the dump.
+    """
+    model = given["model"]
+    words = ["vmq", "compile", os.fspath(model) if isinstance(model, (str, os.PathLike))
+             else str(Path(given.get("dump") or "") / "00_input.onnx")]
+    for name, parameter in inspect.signature(compile).parameters.items():
+        value, option = given.get(name), f"--{name.replace('_', '-')}"
+        if name in {"model", "command", "observers", "progress", "resume"} or value is None:
+            continue
+        if name in {"keep", "pairs"}:
+            words += [f"--{name.removesuffix('s')}={left}={right}" for left, right in value.items()]
+        elif name == "calib":
+            paths = [value] if isinstance(value, (str, os.PathLike)) else value
+            words += [option, *map(os.fspath, paths)] if paths else []
+        elif name in {"mean", "std"}:
+            words.append(f"{option}={','.join(map(str, np.atleast_1d(value).tolist()))}")
+        elif isinstance(value, Effort) and value not in EFFORTS.values():
+            return ""
+        elif value != parameter.default:
+            said = value.name if isinstance(value, Effort) else "x".join(map(str, value)) \
+                if isinstance(value, (tuple, list)) else value
+            words.append(f"{option}={said}")
+    return shlex.join(words)
 
 
 class _Agreement(Observer):
