@@ -59,12 +59,12 @@ def test_external_data_stay_in_the_folder_and_are_bounded(tmp_path: Path):
                     {"location": "/dev/zero"}, {"length": "-1"}, {"offset": str(2**62)}, {"offset": "x"}):
         with pytest.raises(ModelError, match=r"m\.onnx: its external data cannot be read"):
             Graph.load(external(tmp_path, **entries))
-    model = onnx.load(external(tmp_path), load_external_data=False)
-    next(i for i in model.graph.initializer if i.name == "w0").dims[0] = 10**9
     assert Graph.load(external(tmp_path, length="864")).value("w0").values.shape == (8, 3, 3, 3)
     for length in ("300000000", "863", "0"):
         with pytest.raises(ModelError, match=rf"'w0' has 864 bytes by its type and shape, and {length} by its length"):
             Graph.load(external(tmp_path, length=length))
+    model = onnx.load(external(tmp_path), load_external_data=False)
+    next(i for i in model.graph.initializer if i.name == "w0").dims[0] = 10**9
     path.write_bytes(model.SerializeToString())
     with pytest.raises(ModelError, match=r"its external data are 108\.0 GB, more than"):
         Graph.load(path)
@@ -95,8 +95,6 @@ def test_a_picture_that_claims_to_be_huge(tmp_path: Path):
         open_clips([tmp_path / "a.png"])
 
 
-def test_a_png_whose_checksums_are_wrong(tmp_path: Path):
-    """OpenCV would give other pixels, or print what libpng thinks of them."""
 def test_a_picture_of_too_many_bytes(tmp_path: Path):
     good = fuzz.cv2.imencode(".png", np.zeros((32, 48, 3), np.uint8))[1].tobytes()
     for name in ("0.png", "1.png"):
@@ -110,6 +108,8 @@ def test_a_picture_of_too_many_bytes(tmp_path: Path):
         open_clips([tmp_path])
 
 
+def test_a_png_whose_checksums_are_wrong(tmp_path: Path):
+    """OpenCV would give other pixels, or print what libpng thinks of them."""
     good = fuzz.cv2.imencode(".png", np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8))[1].tobytes()
     (tmp_path / "a.png").write_bytes(good)
     assert len(open_clips([tmp_path / "a.png"])) == 1
@@ -151,9 +151,26 @@ def test_the_fuzzer_finds_nothing_in_its_first_cases():
     assert re.match(r"\d cases in ", done.stdout)
 
 
+@pytest.mark.parametrize(("number", "kind", "command", "said"), [
+    (0, "recipe", "compile", "recipe"), (11, "dump", "inspect", "probe.npz cannot be read"),
+    (29, "huge", "eval", "a.png has 1000.0 GB"), (34, "huge", "compile", "recipe"),
+    (56, "huge", "run", "a.png has 1000.0 GB")])
+def test_cases_of_the_fuzzer(number: int, kind: str, command: str, said: str, tmp_path: Path,
+                             capsys: pytest.CaptureFixture[str]):
+    png = fuzz.cv2.imencode(".png", np.zeros((32, 48, 3), np.uint8))[1].tobytes()
+    media = {f"a.{end}": png for end in ("avi", "bmp", "jpg", "mp4", "png", "tiff", "webp")}
+    dump = {"pipeline.json": b'{"finished": true, "passes": [], "options": {"pairs": {}}}', "probe.npz": b""}
+    found, words = fuzz.make_case(number, fuzz.Seeds(fuzz.network().SerializeToString(), media, dump), tmp_path)
+    assert (found, words[0]) == (kind, command)
+    assert main(words) == 2
+    line = capsys.readouterr().err
+    assert said in line
+    assert fuzz._verdict(2 << 8, line) == "refused"
+
+
 @pytest.mark.parametrize(("status", "said", "verdict"), [
     (0, "", "done"), (2 << 8, "vmq: error: no\n", "refused"), (1 << 8, "Traceback", "exit code 1"),
     (2 << 8, "a\nb\n", "not one line"), (2 << 8, "vmq: error: KeyError: 'x'\n", "unclear"), (11, "", "dies of SIGSEGV"),
-    (None, "", "takes too long")])
+    (2 << 8, "vmq: error: out of memory: use smaller frames\n", "unclear"), (None, "", "takes too long")])
 def test_what_counts_as_a_find(status: int | None, said: str, verdict: str):
     assert fuzz._verdict(status, said) == verdict
