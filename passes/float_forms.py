@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from passes.multiply_pixels import stays_float
 from vmq.graph import Constant, Graph
+from vmq.layers import nodes_behind, whole_factors
 from vmq.pipeline import Context, Pass, PassResult
 
 BLOCKS = range(16, 3, -1)
@@ -30,8 +31,6 @@ BLOCK = 16
 """Channels that the runtime convolves at a time in float."""
 FEW = 16
 """Channels at most that are averaged by a product."""
-SAID = {"mode", "coordinate_transformation_mode", "nearest_mode", "cubic_coeff_a"}
-"""Attributes of a linear Resize that say nothing more of it."""
 
 
 class FloatForms(Pass):
@@ -68,21 +67,9 @@ class FloatForms(Pass):
 
 
 def _factors(node: Any) -> dict[int, int]:
-    """By axis, the whole numbers that a linear Resize multiplies height and width with; none if it is another."""
-    if node.op != "Resize" or node.attrs.get("mode") != "linear" or set(node.attrs) - SAID or not _known(node):
-        return {}
-    before, after = node.inputs[0].shape, node.outputs[0].shape
-    scales = [n / o for n, o in zip(after, before, strict=True)]
-    factors = {axis: int(scales[axis]) for axis in (2, 3) if scales[axis] != 1.0}
-    how = node.attrs.get("coordinate_transformation_mode", "half_pixel")
-    if not factors or scales[:2] != [1.0, 1.0] or any(s < 1.0 or s % 1.0 for s in scales) \
-            or any(_block(before[axis]) is None for axis in factors) \
-            or not (how == "half_pixel" or (how == "pytorch_half_pixel" and min(after[2:]) > 1)):
-        return {}
-    if len(node.inputs) == 3:                  # scales; sizes, where given instead, are the result's
-        said = node.inputs[2]
-        return factors if isinstance(said, Constant) and [float(s) for s in said.values] == scales else {}
-    return factors
+    """By axis, the whole numbers that a linear Resize multiplies height and width with; none where it has no blocks."""
+    factors = whole_factors(node)
+    return factors if all(_block(node.inputs[0].shape[axis]) for axis in factors) else {}
 
 
 def _averages(node: Any) -> bool:
@@ -129,7 +116,7 @@ def _join_depthwise(graph: Graph) -> int:
                                    node.inputs[1].values.shape[2:])), []).append(node)
     count = 0
     for nodes in alike.values():
-        behind = {id(n) for node in nodes for n in _behind(node)}
+        behind = {id(n) for node in nodes for n in nodes_behind(node.outputs[0])}
         nodes = [n for n in nodes if id(n) not in behind]
         sizes = [n.inputs[0].shape[1] for n in nodes]
         if len(nodes) < 2 or sum(sizes) > BLOCK:
@@ -149,18 +136,6 @@ def _join_depthwise(graph: Graph) -> int:
     if count:
         graph.sort()
     return count
-
-
-def _behind(node: Any) -> list[Any]:
-    """All nodes that need what a node gives."""
-    todo, found, seen = [node], list[Any](), set[int]()
-    while todo:
-        for reader in (r for v in todo.pop().outputs for r in v.outputs):
-            if id(reader) not in seen:
-                seen.add(id(reader))
-                found.append(reader)
-                todo.append(reader)
-    return found
 
 
 def _only_reader(graph: Graph, value: Any, op: str) -> Any:

@@ -19,6 +19,7 @@ import numpy as np
 from passes.double_sizes import FIRST, LAST
 from passes.pack_columns import WIDE, stored_integers
 from vmq.graph import Graph
+from vmq.layers import nodes_behind
 from vmq.pipeline import Context, Pass, PassResult
 
 COLUMNS = 16
@@ -57,15 +58,7 @@ def _suits(node: Any) -> bool:
 
 def stays_float(value: Any) -> bool:
     """True where nothing quantizes what a value becomes: a sum rounded otherwise changes no integer."""
-    todo, seen = [value], set[int]()
-    while todo:
-        for node in todo.pop().outputs:
-            if node.op == "QuantizeLinear":
-                return False
-            if id(node) not in seen:
-                seen.add(id(node))
-                todo += node.outputs
-    return True
+    return all(n.op != "QuantizeLinear" for n in nodes_behind(value))
 
 
 def _multiply(graph: Graph, node: Any) -> None:

@@ -182,6 +182,14 @@ def test_no_sum_of_a_resize_is_near_a_half(axis: int, zero: int) -> None:
     assert np.array_equal(np.rint(one(graph, {"x_in": x}) / grid[0]), np.clip(want, -zero, 255 - zero))
 
 
+def test_a_scale_that_is_not_quite_2_stays() -> None:
+    """2.05 x 7 rounds down to 14 as well, but other places are read."""
+    graph = resize((1, 2, 7, 7), (2, 2), {"x": (0.04, 120), "y": (0.04, 120)}, 'mode = "linear"')
+    node = next(n for n in graph.nodes if n.op == "Resize")
+    node.inputs[2].values = np.asarray([1.0, 1.0, 2.05, 2.0], np.float32)
+    assert apply(IntegerForms(), graph).report.get("Resize", 0) == 0
+
+
 @pytest.mark.parametrize("axis", [2, 3])
 def test_a_resize_of_one_axis_is_rounded_once(axis: int) -> None:
     grids = {"x": (short(0.04), 120), "y": (short(0.03), 128)}

@@ -51,12 +51,11 @@ EXPLAINED = 4
 
 @dataclass(frozen=True)
 class Quantizer:
-    """A QuantizeLinear: what makes the value that it reads, that value, its scale and zero point."""
+    """A QuantizeLinear: what makes the value that it reads, that value, and its scale."""
 
     kind: str
     value: str
     scale: NDArray[np.float32]
-    zero: NDArray[np.uint8]
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -184,7 +183,7 @@ def cut(model: Path, place: Path) -> dict[str, Quantizer]:
     constants = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
     outputs = {v.name for v in proto.graph.output}
     makers = {name: node.op_type for node in proto.graph.node for name in node.output}
-    found = {n.output[0]: Quantizer(makers.get(n.input[0], "input"), n.input[0], *(constants[i] for i in n.input[1:3]))
+    found = {n.output[0]: Quantizer(makers.get(n.input[0], "input"), n.input[0], constants[n.input[1]])
              for n in proto.graph.node if n.op_type == "QuantizeLinear" and n.output[0] in known.keys() - outputs}
     proto.graph.output.extend(known[name] for name in found)
     onnx.save(proto, place / "traced.onnx")

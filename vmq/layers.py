@@ -123,18 +123,41 @@ def _has_form(node: Any) -> bool:
     return True
 
 
-def doubled_axes(node: Any) -> tuple[int, ...]:
-    """The axes, 2 for height and 3 for width, that a Resize of pictures makes twice as long, linear between pixels'
-    centres; none where it does anything else.
+def whole_factors(node: Any) -> dict[int, int]:
+    """By axis, 2 for height and 3 for width, the whole number that a Resize of pictures makes it longer by, linear
+    between pixels' centres; none where it does anything else.
     """
-    x, y = node.inputs[0].shape, node.outputs[0].shape
     if node.op != "Resize" or node.attrs.get("mode", "nearest") != "linear" or node.attrs.get("antialias", 0) \
-            or node.attrs.get("coordinate_transformation_mode", "half_pixel") not in ("half_pixel",
-                                                                                      "pytorch_half_pixel") \
-            or x is None or y is None or len(x) != 4 or not all(isinstance(d, int) for d in (*x, *y)):
-        return ()
-    axes = tuple(axis for axis in range(4) if x[axis] != y[axis])
-    return axes if all(axis >= 2 and y[axis] == 2 * x[axis] for axis in axes) else ()
+            or "axes" in node.attrs or node.attrs.get("coordinate_transformation_mode", "half_pixel") not in (
+                "half_pixel", "pytorch_half_pixel"):
+        return {}
+    x, y = node.inputs[0].shape, node.outputs[0].shape
+    if x is None or y is None or len(x) != 4 or not all(isinstance(d, int) for d in (*x, *y)):
+        return {}
+    scales = [after / before for after, before in zip(y, x, strict=True)]
+    said = node.inputs[2] if len(node.inputs) == 3 else None        # scales; else sizes, which are the result's
+    if said is not None and not (isinstance(said, Constant) and [float(s) for s in said.values] == scales):
+        return {}
+    factors = {axis: int(scale) for axis, scale in enumerate(scales) if scale != 1.0}
+    return factors if all(axis >= 2 and factor == scales[axis] >= 2 for axis, factor in factors.items()) else {}
+
+
+def doubled_axes(node: Any) -> tuple[int, ...]:
+    """The axes that a linear Resize of pictures makes twice as long; none where it does anything else."""
+    factors = whole_factors(node)
+    return tuple(factors) if set(factors.values()) == {2} else ()
+
+
+def nodes_behind(value: Any) -> list[Any]:
+    """All nodes that need a value, directly or through others."""
+    todo, found, seen = [value], list[Any](), set[int]()
+    while todo:
+        for reader in todo.pop().outputs:
+            if id(reader) not in seen:
+                seen.add(id(reader))
+                found.append(reader)
+                todo += reader.outputs
+    return found
 
 
 def float_source(value: Any) -> Any:
