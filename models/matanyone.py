@@ -9,8 +9,9 @@ non-commercial licence, which the user installs; this file only says what happen
     value, sensory', summary = encode(src, pha)                        sensory' in every fifth frame
     keys, values, objects = those with (key, value, summary) added     in every fifth frame, the oldest going first
 
-Similarity is the anisotropic L2 of XMem (Cheng and Schwing 2022, eq. 4). The first frame's alpha has to be given: put
-it into the state `mask`, everything else is zeros at first; the first frame hands it out and fills the memories.
+Similarity is the anisotropic L2 of XMem (Cheng and Schwing 2022, eq. 4). The first frame's alpha has to be given in the
+state `mask`, which the file's metadata name for it; all other states are zeros at first. The first frame hands it out
+and fills the memories.
 
     pip install matanyone2-runtime==0.2.0 --no-deps; pip install omegaconf hydra-core einops huggingface-hub
     python -m models.matanyone --weights matanyone2.pth --size 512x288 -o matanyone.onnx
@@ -265,7 +266,7 @@ def export(step: Step, path: Path | str, *, size: tuple[int, int] = (288, 512), 
         torch.onnx.export(step, inputs, temporary, input_names=["src", *STATES], output_names=list(STATES.values()),
                           opset_version=opset, dynamo=False)
         model = onnx.load(temporary)
-        onnx.helper.set_model_props(model, {"vmq.states": json.dumps(STATES)})
+        onnx.helper.set_model_props(model, {"vmq.states": json.dumps(STATES), "vmq.first_alpha": "mask"})
         onnx.save(model, temporary)
 
 

@@ -108,7 +108,8 @@ class _Calibration:
         self.context, self.recipe, self.lanes, self.graph = context, recipe, lanes, graph.copy()
         session = Session(context.reference, optimize=False, pairs=context.options.pairs)
         pictures = session.pictures()
-        self.normalized = session.normalized
+        self.normalized, self.first_alpha = session.normalized, session.first_alpha_input
+        self.labelled = recipe.teacher == "alpha" or self.first_alpha is not None
         self.frame, self.states = session.frame_input, {p.input: p.output for p in session.state_pairs}
         self.alpha, self.foreground = pictures[1], pictures.get(3)
         teacher = crop_graph(context.reference, self.frame)
@@ -226,18 +227,24 @@ class _Calibration:
         if stream.place and stream.place + unrolled > len(stream.frames):
             stream = self.streams[index] = _Stream(stream.number + STREAMS)
         if not stream.place:
-            self._draw(stream)
-            stream.ours = dict(self.start)
-            stream.theirs = {n: v.cpu().numpy() for n, v in self.start.items()}
+            stream.ours = self._draw(stream)
+            stream.theirs = _as_arrays(stream.ours)
         return stream
 
-    def _draw(self, stream: _Stream) -> None:
+    def _draw(self, stream: _Stream) -> dict[str, Tensor]:
+        """Put new frames into a stream; returns the states before them."""
         length = max(self.context.options.effort.unrolled, self.recipe.length)
         short = np.random.default_rng((self.context.options.seed, 31, stream.number)).integers(1, length + 1)
-        stream.frames, truth = self.crops.draw(stream.number, length, alpha=self.recipe.teacher == "alpha")
-        stream.truth = None if truth is None else truth.to(self.device)
+        stream.frames, truth = self.crops.draw(stream.number, length, alpha=self.labelled)
+        stream.truth = None if truth is None or self.recipe.teacher != "alpha" else truth.to(self.device)
         if stream.number < STREAMS:           # so that they do not all begin anew at once
             stream.frames = stream.frames[:max(self.context.options.effort.unrolled, int(short))]
+        return self._first(truth)
+
+    def _first(self, truth: Tensor | None) -> dict[str, Tensor]:
+        """The states before a sequence with this alpha, [T,1,1,h,w]."""
+        told = truth is not None and self.first_alpha is not None
+        return self.start | ({self.first_alpha: truth[0].to(self.device)} if told else {})
 
     def _teach(self, frames: Tensor, state: dict[str, NDArray[Any]],
                ) -> tuple[list[dict[str, Tensor]], dict[str, NDArray[Any]]]:
@@ -253,8 +260,8 @@ class _Calibration:
     def _measure_states(self) -> None:
         """Note the power of the teacher's states."""
         def powers(stream: _Stream) -> dict[str, float]:
-            frames, _ = self.crops.draw(stream.number, max(8, self.context.options.effort.unrolled))
-            taught, _ = self._teach(frames, {n: v.cpu().numpy() for n, v in self.start.items()})
+            frames, truth = self.crops.draw(stream.number, max(8, self.context.options.effort.unrolled), alpha=self.labelled)
+            taught, _ = self._teach(frames, _as_arrays(self._first(truth)))
             return {name: float(np.mean([float(m[name].square().mean()) for m in taught]))
                     for name in self.states.values()}
 
@@ -274,7 +281,7 @@ class _Calibration:
         goals = []
         for clip in (c.part(0, min(len(c), length)) for c in processes.mine(clips)):
             truth = clip.alpha() if self.recipe.teacher == "alpha" else None
-            goals.append((clip, [a.copy() for a in teacher.alphas(clip.frames())] if truth is None
+            goals.append((clip, [a.copy() for a in teacher.alphas(clip.frames(), clip.first_alpha())] if truth is None
                           else [(t / np.float32(255.0)).astype(np.float32) for t in truth]))
         return goals
 
@@ -290,8 +297,8 @@ class _Calibration:
             for name, value in held.items():
                 self.shadow.parameter(name).copy_(value)
         session = Session(self.graph, pairs=self.context.options.pairs)
-        errors = [np.mean([np.abs(a - t).mean() for a, t in zip(session.alphas(clip.frames()), goal, strict=True)])
-                  for clip, goal in goals]
+        errors = [np.mean([np.abs(a - t).mean() for a, t in zip(
+            session.alphas(clip.frames(), clip.first_alpha()), goal, strict=True)]) for clip, goal in goals]
         return 1e3 * float(np.mean(processes.together(errors)))
 
     def _held(self) -> dict[str, Tensor]:
@@ -335,6 +342,10 @@ class _Calibration:
                 stream.theirs = {n: saved[f"s{k}theirs{n}"] for n in self.start}
         best = [torch.from_numpy(saved[f"b{k}"]).to(self.device) for k in range(len(self.learned))]
         return history[-1][0], best, history
+
+
+def _as_arrays(state: Mapping[str, Tensor]) -> dict[str, NDArray[np.float32]]:
+    return {name: value.cpu().numpy() for name, value in state.items()}
 
 
 def laplacian(off: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ class _Reconstruction:
         assert context.reference is not None
         self.graph, self.context, self.lanes, self.folder = graph, context, lanes, folder
         session = Session(context.reference, optimize=False, pairs=context.options.pairs)
-        self.normalized = session.normalized
+        self.normalized, self.first_alpha = session.normalized, session.first_alpha_input
         self.frame, self.states = session.frame_input, {p.input: p.output for p in session.state_pairs}
         exact = crop_graph(context.reference, self.frame)
         self.device = context.options.device
@@ -147,10 +147,12 @@ class _Reconstruction:
         """Frames and float states of a sequence, by name of the input."""
         effort = self.context.options.effort
         warm = int(np.random.default_rng((self.context.options.seed, number)).integers(WARM_UP + 1))
-        frames, _ = self.crops.draw(number, warm + effort.frames)
+        frames, truth = self.crops.draw(number, warm + effort.frames, alpha=self.first_alpha is not None)
         kept: dict[str, list[Tensor]] = {self.frame: [], **{i: [] for i in self.states}}
         state = {v.name: torch.zeros(v.shape, device=self.device) for v in self.exact.graph.inputs
                  if v.name in self.states}
+        if self.first_alpha is not None and truth is not None:
+            state[self.first_alpha] = truth[0].to(self.device)
         first = max(0, len(frames) - effort.frames)
         for t, frame in enumerate(torch.from_numpy(self.normalized(frames.numpy())).to(self.device)):
             if t >= first:

@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -82,8 +82,10 @@ def _same_bits(before: Graph, after: Graph, context: Context, *, optimize: bool,
 
     With `rounding`, each frame begins with the same states, and outputs may differ by so much of their largest value.
     """
-    one, other = (Session(g, optimize=optimize, pairs=context.options.pairs) for g in (before, after))
-    for index, frame in enumerate(context.clips[0].frames(0, EXACT_FRAMES)):
+    clip = context.clips[0]
+    one, other = (Session(g, optimize=optimize, pairs=context.options.pairs, first_alpha=clip.first_alpha())
+                  for g in (before, after))
+    for index, frame in enumerate(clip.frames(0, EXACT_FRAMES)):
         if rounding:
             other.state = dict(one.state)
         theirs, ours = one.step(frame), other.step(frame)
@@ -98,9 +100,10 @@ def _same_bits(before: Graph, after: Graph, context: Context, *, optimize: bool,
 
 def _differing(graph: Graph, context: Context) -> float:
     """Share of 8-bit alpha values that the optimized run gives differently, states fed from the plain run."""
-    plain, optimized = Session(graph, optimize=False), Session(graph)
+    clip = context.clips[0]
+    plain, optimized = Session(graph, optimize=False, first_alpha=clip.first_alpha()), Session(graph)
     differing = total = 0
-    for frame in context.clips[0].frames(0, EXACT_FRAMES):
+    for frame in clip.frames(0, EXACT_FRAMES):
         optimized.state = dict(plain.state)
         ours, theirs = (np.rint(s.alpha_of(s.step(frame)) * 255.0) for s in (optimized, plain))
         differing += int((ours != theirs).sum())
@@ -124,7 +127,7 @@ def _loops(graph: Graph, reference: Graph, context: Context) -> tuple[dict[str, 
         quarter, start = max(1, count // 4), len(closes)
         first += range(start, start + quarter)
         last += range(start + count - quarter, start + count)
-        for index, (frame, want) in enumerate(_with_reference(clip.frames(0, count), exact, closed, loose)):
+        for index, (frame, want) in enumerate(_with_reference(clip.part(0, count), exact, closed, loose)):
             closes.append(float(np.abs(closed.alpha_of(closed.step(frame)) - want).mean()) * 1e3)
             opens.append(float(np.abs(loose.alpha_of(loose.step(frame)) - want).mean()) * 1e3)
             states.add(closed.state, exact.state)
@@ -139,11 +142,10 @@ def _loops(graph: Graph, reference: Graph, context: Context) -> tuple[dict[str, 
         "saturated_in_float": float(states.saturated(name)[1].mean())} for name in states.names}
 
 
-def _with_reference(frames: Iterable[NDArray[np.uint8]], exact: Session, closed: Session, loose: Session,
-                    ) -> Iterator[tuple[Any, Any]]:
+def _with_reference(clip: Clip, exact: Session, closed: Session, loose: Session) -> Iterator[tuple[Any, Any]]:
     """Frames with the reference's alpha; `loose` is given the reference's state before each."""
-    exact.reset()
-    closed.reset()
-    for frame in frames:
+    exact.reset(clip.first_alpha())
+    closed.reset(clip.first_alpha())
+    for frame in clip.frames():
         loose.state = loose.encode(exact.state)
         yield frame, exact.alpha_of(exact.step(frame))

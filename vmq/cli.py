@@ -141,6 +141,9 @@ def _run(args: argparse.Namespace) -> None:
     if args.downsample_ratio is not None and not session.takes_ratio:
         raise OptionError(f"{args.model} has no input for a downsample ratio; leave --downsample-ratio out")
     clip = open_source(args.clip)
+    given = None if args.first_alpha is None else open_source(args.first_alpha)
+    if given is not None and session.first_alpha_input is None:
+        raise OptionError(f"{args.model} is not told whom to follow; leave --first-alpha out")
     (height, width), (tall, wide) = session.size, clip.size
     if height and width and not 0.9 < (width / height) / (wide / tall) < 1.1:
         _remark(args, f"{args.model} takes {width}x{height}: frames of {wide}x{tall} are squeezed for it; "
@@ -149,7 +152,8 @@ def _run(args: argparse.Namespace) -> None:
     with Progress(quiet=args.quiet) as progress:
         started = time.perf_counter()
         frames = matte(session, clip, args.output, kind=kind, background=args.background,
-                       downsample_ratio=args.downsample_ratio, report=progress)
+                       downsample_ratio=args.downsample_ratio,
+                       first_alpha=None if given is None else next(given.frames())[0], report=progress)
         seconds = time.perf_counter() - started
     if not args.quiet:
         print(f"{args.output}: {frames} frames of {clip.size[1]}x{clip.size[0]}, {frames / seconds:.1f} frames/s")
@@ -313,6 +317,8 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--background", default="green", metavar="COLOR|IMAGE|VIDEO",
                       help="put the person over this: green (default), blue, red, black, gray, white, '#rrggbb', or a "
                            "picture or video, which fills the frame")
+    add("--first-alpha", metavar="PICTURE",
+        help="alpha of the first frame, white on black, for models that are told by it whom to follow (MatAnyone)")
     _ratio(run)
     _normalization(run)
     _threads(run)

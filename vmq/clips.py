@@ -107,6 +107,10 @@ class Clip:
         """Mattes start to stop - 1 as uint8 [H,W]; None if the clip has no alpha."""
         return None if self.read_alpha is None else self.read_alpha(*self._range(start, stop))
 
+    def first_alpha(self) -> Frame | None:
+        """The first frame's matte, uint8 [H,W]; None if it is not known."""
+        return next(self.alpha(0, 1) or iter(()), None)
+
     def part(self, start: int, stop: int) -> Clip:
         """Frames start to stop - 1 as a clip of their own, named NAME@START."""
         first, last = self._range(start, stop)

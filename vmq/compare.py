@@ -141,10 +141,10 @@ def compare_dumps(one: Path, two: Path, progress: Callable[[str, float], None] =
     """
     for folder in (one, two):
         read_pipeline(folder)
-    frames = read_probe(one)
-    same = frames.shape[1:] == read_probe(two).shape[1:]
-    seen = [inspect_dump(folder, _named(progress, folder), frames=clip)
-            for folder, clip in ((one, None), (two, frames if same else None))]
+    probe = read_probe(one)
+    same = probe.frames.shape[1:] == read_probe(two).frames.shape[1:]
+    seen = [inspect_dump(folder, _named(progress, folder), probe=given)
+            for folder, given in ((one, None), (two, probe if same else None))]
     names = _names(Graph.load(one / "00_input.onnx"), Graph.load(two / "00_input.onnx"))
     before = {_key(t, {}): t for t in seen[0].tensors}
     changes = [Change(old.name, old.kind, old.sqnr_db, new.sqnr_db, (old.bits, new.bits))

@@ -29,7 +29,7 @@ from vmq.lanes import check_device
 from vmq.lock import locked
 from vmq.pipeline import Context, Observer, Pass, PassResult, run_passes
 from vmq.report import chosen_lines
-from vmq.runtime import NORMALIZATION_KEY, Session
+from vmq.runtime import NORMALIZATION_KEY, Session, check_first_alpha
 from vmq.spec import EFFORTS, Effort, Options, Recipe, parse_bits, parse_normalization
 from vmq.synthetic import synthetic_clips
 from vmq.targets import TARGETS
@@ -288,18 +288,17 @@ def _named(table: Mapping[str, Any], option: str, name: str) -> Any:
 def _clips(graph: Graph, options: Options, calib: Sequence[str | os.PathLike[str]],
            ) -> tuple[list[Clip], tuple[str, ...]]:
     """Calibration clips at the size that the model will have, and the names of those squeezed for it."""
-    height, width = _frame_size(graph, options)
+    session = Session(graph, optimize=False, pairs=options.pairs)
+    height, width = frame_size(next(v for v in graph.inputs if v.name == session.frame_input), options.size)
     if not calib:
         return synthetic_clips((height, width), seed=options.seed), ()
     paths = [Path(p) for p in calib]
     shapes = {c.name: c.size[1] / c.size[0] for c in open_clips(paths)}
     squeezed = tuple(name for name, shape in shapes.items() if not 0.9 < shape * height / width < 1.1)
-    return open_clips(paths, (height, width)), squeezed
-
-
-def _frame_size(graph: Graph, options: Options) -> tuple[int, int]:
-    session = Session(graph, optimize=False, pairs=options.pairs)
-    return frame_size(next(v for v in graph.inputs if v.name == session.frame_input), options.size)
+    clips = open_clips(paths, (height, width))
+    for clip in clips:
+        check_first_alpha(session.first_alpha_input, clip)
+    return clips, squeezed
 
 
 def _short(names: Sequence[str]) -> str:

@@ -3,7 +3,8 @@
     DIR/00_input.onnx               the model that went in
     DIR/NN_pass.onnx, .txt, .diff   the graph after pass NN, as text, and what changed in the text
     DIR/NN_pass.json                the pass's report: changes, notes, seconds
-    DIR/probe.npz                   a few calibration frames (uint8 [T,3,H,W]), to score every dump with
+    DIR/probe.npz                   a few calibration frames (uint8 [T,3,H,W]), to score every dump with, and the first
+                                    one's alpha (uint8 [H,W]), if it is known
     DIR/pipeline.json               options, versions (of the model: a hash), passes, timings, and the files above
     DIR/NN_pass.failed.onnx, .json  on failure: the graph the pass was given, the error, how to run it again
 
@@ -102,7 +103,8 @@ class Dump(Observer):
         if clips:
             frames = np.stack(list(islice(clips[0].frames(), PROBE_FRAMES)))
             probe = io.BytesIO()
-            np.savez_compressed(probe, frames=frames)
+            alpha = clips[0].first_alpha()
+            np.savez_compressed(probe, frames=frames, **({} if alpha is None else {"first_alpha": alpha}))
             self._write("probe.npz", probe.getvalue())
         self._pipeline["finished"] = True
         self._write_pipeline()

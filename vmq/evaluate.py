@@ -20,7 +20,7 @@ from vmq.errors import MediaError, OptionError
 from vmq.matting import set_ratio, to_uint8
 from vmq.metrics import Scores, dtssd, mad, mean_scores, mse, score_clip
 from vmq.progress import Report, silent
-from vmq.runtime import Session
+from vmq.runtime import Session, check_first_alpha
 from vmq.spec import Normalization
 
 FOOTER = (
@@ -64,7 +64,7 @@ def evaluate(models: Sequence[str], clips: Sequence[Clip], *, reference: str | N
 
     Raises:
         ModelError: a model cannot be read or run.
-        MediaError: a clip cannot be read, or has another size than a model takes.
+        MediaError: a clip cannot be read, has another size than a model takes, or no alpha where one is told the first.
         OptionError: there is neither alpha nor a reference, so nothing to compare with; or a ratio that no model takes.
     """
     if reference is None and not any(clip.has_alpha for clip in clips):
@@ -78,6 +78,7 @@ def evaluate(models: Sequence[str], clips: Sequence[Clip], *, reference: str | N
     for clip in clips:
         for session in everyone:
             _check_size(session, clip)
+            check_first_alpha(session.first_alpha_input, clip)
     own = processes.mine(clips)
     progress = _Counter(report, total=len(everyone) * sum(len(clip) for clip in own))
 
@@ -160,7 +161,7 @@ class _Counter:
 def _mattes(session: Session, clip: Clip, ratio: float | None, progress: _Counter) -> _Mattes:
     set_ratio(session, clip.size, ratio)
     mattes = _Mattes()
-    for alpha in session.alphas(clip.frames()):
+    for alpha in session.alphas(clip.frames(), clip.first_alpha()):
         mattes.append(to_uint8(alpha))
         progress.step(f"{session.label} on {clip.name}")
     return mattes

@@ -95,7 +95,7 @@ def set_ratio(session: Session, size: Size, ratio: float | None) -> None:
 
 
 def matte(session: Session, clip: Clip, output: Path, *, kind: str = "composite", background: str = "green",
-          downsample_ratio: float | None = None, report: Report = silent) -> int:
+          downsample_ratio: float | None = None, first_alpha: Frame | None = None, report: Report = silent) -> int:
     """Run a model over a clip in closed loop and write the result; returns the number of frames.
 
     Ctrl-C ends a camera's recording, which is kept; any other clip is left, and nothing of it stays behind.
@@ -107,15 +107,17 @@ def matte(session: Session, clip: Clip, output: Path, *, kind: str = "composite"
         kind: one of KINDS.
         background: as `backgrounds` takes it; of a meaning for a composite only.
         downsample_ratio: as `set_ratio` takes it.
+        first_alpha: of the first frame, uint8 [H,W] of any size, for models that are told by it whom to follow.
+            Default: the clip's, if it has one.
         report: told after each frame.
 
     Raises:
         ModelError: the model cannot run the clip, or has no foreground where one is asked for.
-        MediaError, OptionError, OutputError: as clip, background and output say.
+        MediaError, OptionError, OutputError: as clip, background and output say; no alpha where the model takes one.
     """
     behind = backgrounds(background, clip.size) if kind == "composite" else None
     set_ratio(session, clip.size, downsample_ratio)
-    session.reset()
+    session.reset(_first_alpha(session, clip, first_alpha))
     with open_writer(output, clip.fps, clip.size) as writer:
         try:
             for frame in clip.frames():
@@ -146,6 +148,18 @@ def to_uint8(picture: NDArray[Any]) -> Frame:
     if np.isnan(picture).any():
         raise ModelError("the model's output is not a number (NaN): its arithmetic overflows on this clip")
     return np.rint(np.clip(picture, 0, 1) * np.float32(255)).astype(np.uint8)
+
+
+def _first_alpha(session: Session, clip: Clip, given: Frame | None) -> Frame | None:
+    """The first frame's alpha at the size that the model takes; None where it takes none."""
+    if session.first_alpha_input is None:
+        return None
+    alpha = clip.first_alpha() if given is None else given
+    if alpha is None:
+        raise OptionError(f"{session.label} is told whom to follow by the first frame's alpha; give it: --first-alpha "
+                          "PICTURE")
+    height, width = session.size
+    return _resize(alpha, (height or clip.size[0], width or clip.size[1]))
 
 
 def _run(session: Session, frame: Frame) -> tuple[Picture, Picture | None]:

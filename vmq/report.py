@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -200,20 +200,20 @@ def said(value: Any) -> str:
 
 
 def inspect_dump(folder: Path, progress: Callable[[str, float], None] = lambda _what, _share: None, *,
-                 with_blame: bool = False, frames: NDArray[np.uint8] | None = None) -> Inspection:
+                 with_blame: bool = False, probe: Probe | None = None) -> Inspection:
     """Measure a dump that `--dump` wrote.
 
     Args:
         folder: the dump.
         progress: called with (what is being done, share done).
         with_blame: measure also what each closure costs: two runs of the probe frames for each.
-        frames: another probe clip than the dump's own, [T,3,H,W] of the model's size.
+        probe: another one than the dump's own, of the model's size.
 
     Raises:
         MediaError: the folder is missing, is no dump, or the compile did not finish.
     """
     pipeline = read_pipeline(folder)
-    frames = read_probe(folder) if frames is None else frames
+    frames, first_alpha = read_probe(folder) if probe is None else probe
     some = frames[:SCORED_FRAMES]
     dumps = [(e["name"], folder / e["model"]) for e in pipeline["passes"] if e["model"]]
     names = [name for name, _ in dumps]
@@ -221,7 +221,7 @@ def inspect_dump(folder: Path, progress: Callable[[str, float], None] = lambda _
     float_path = dumps[floats - 1][1] if floats else folder / "00_input.onnx"
     reports = _read_reports(folder, pipeline)
     ratio = reports.get("bind_shapes", {}).get("report", {}).get("downsample_ratio", 1.0)
-    how: dict[str, Any] = {"downsample_ratio": ratio, "pairs": pipeline["options"]["pairs"]}
+    how: dict[str, Any] = {"downsample_ratio": ratio, "pairs": pipeline["options"]["pairs"], "first_alpha": first_alpha}
     want = np.stack(list(Session(float_path, **how).alphas(some)))
     scores: dict[str, float] = {}
     for index, (name, path) in enumerate(dumps):
@@ -322,8 +322,15 @@ def _read_reports(folder: Path, pipeline: dict[str, Any]) -> dict[str, Any]:
     return reports
 
 
-def read_probe(folder: Path) -> NDArray[np.uint8]:
-    """The probe frames of a dump, [T,3,H,W].
+class Probe(NamedTuple):
+    """Frames to measure on, [T,3,H,W], and the first one's alpha [H,W], if it is known."""
+
+    frames: NDArray[np.uint8]
+    first_alpha: NDArray[np.uint8] | None = None
+
+
+def read_probe(folder: Path) -> Probe:
+    """The probe of a dump.
 
     Raises:
         MediaError: they are missing or damaged.
@@ -333,7 +340,10 @@ def read_probe(folder: Path) -> NDArray[np.uint8]:
             frames: NDArray[np.uint8] = archive["frames"]
             if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1] != 3 or not frames.size:
                 raise ValueError("no frames")
-            return frames
+            alpha: NDArray[np.uint8] | None = archive["first_alpha"] if "first_alpha" in archive else None
+            if alpha is not None and (alpha.dtype != np.uint8 or alpha.shape != frames.shape[2:]):
+                raise ValueError("no alpha of the first frame")
+            return Probe(frames, alpha)
     except Exception as error:  # a damaged file raises whatever zipfile, zlib and numpy come upon
         raise MediaError(f"{folder}/probe.npz cannot be read; compile again with --dump") from error
 

@@ -22,7 +22,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from vmq import processes
-from vmq.clips import to_float
+from vmq.clips import Clip, to_float
 from vmq.errors import MediaError, ModelError, OptionError
 from vmq.graph import Graph
 from vmq.quant import quantize
@@ -37,6 +37,9 @@ GRIDS_KEY = "vmq.quantized_states"
 
 NORMALIZATION_KEY = "vmq.normalization"
 """Metadata key of models that take (frame - mean) / std, as JSON {"mean": [m], "std": [s]}, one number or three."""
+
+FIRST_ALPHA_KEY = "vmq.first_alpha"
+"""Metadata key of models that are told whom to follow: the state that holds the first frame's alpha before it."""
 
 RATIO_PIXELS = 512
 """A model with a downsample ratio works on frames whose longer side has this many pixels, if not told otherwise."""
@@ -66,6 +69,7 @@ class Session:
         pairs: state pairs by hand; default: the model's metadata, or else its topology.
         device: see `create_session`.
         normalization: what the model takes, where its metadata do not say; default: RGB in 0..1.
+        first_alpha: alpha of the first frame after every `reset`, uint8 [H,W], for models that are told it.
 
     Raises:
         ModelError: the model cannot be read or run, or has no input that takes a frame, or takes only a huge one.
@@ -74,7 +78,7 @@ class Session:
     def __init__(self, model: str | os.PathLike[str] | bytes | Graph, *, threads: int = 0, optimize: bool = True,
                  downsample_ratio: float = 1.0, extra: Sequence[str] = (),
                  pairs: Mapping[str, str] | None = None, device: str = "cpu",
-                 normalization: Normalization | None = None) -> None:
+                 normalization: Normalization | None = None, first_alpha: NDArray[np.uint8] | None = None) -> None:
         self.label = "model" if isinstance(model, (bytes, Graph)) else str(model)
         graph = model if isinstance(model, Graph) else Graph.load(model)
         self.state_pairs = pairs_of(graph, pairs)
@@ -83,6 +87,8 @@ class Session:
         self._states = {p.input: p.output for p in self.state_pairs}
         self._grids = state_grids(graph)
         self.normalization = normalization_of(graph) or normalization
+        self.first_alpha_input = first_alpha_of(graph, self.state_pairs)
+        self._first_alpha = first_alpha
         self._types = {i.name: _TYPES.get(i.type) for i in self._session.get_inputs()}
         self._shapes = {i.name: [d if isinstance(d, int) else None for d in i.shape]
                         for i in self._session.get_inputs()}
@@ -131,11 +137,20 @@ class Session:
         self._ratio = ratio
         self._constants = {name: np.full_like(value, ratio) for name, value in self._constants.items()}
 
-    def reset(self) -> None:
-        """Back to the state before the first frame: zeros (1x1x1x1 where the model takes any shape)."""
-        self.state: dict[str, Array] = self.encode({
-            name: np.zeros([1 if d is None else d for d in self._shapes[name]], self._types[name] or np.float32)
-            for name in self._states})
+    def reset(self, first_alpha: NDArray[np.uint8] | None = None) -> None:
+        """Back to the state before the first frame: zeros (1x1x1x1 where the model takes any shape).
+
+        Args:
+            first_alpha: the first frame's alpha, uint8 [H,W], for models that are told by it whom to follow
+                (`first_alpha_input`); others do not look at it. Default: what the session was made with.
+        """
+        state = {name: np.zeros([1 if d is None else d for d in self._shapes[name]], self._types[name] or np.float32)
+                 for name in self._states}
+        alpha = self._first_alpha if first_alpha is None else first_alpha
+        if self.first_alpha_input is not None and alpha is not None:
+            kind = state[self.first_alpha_input].dtype
+            state[self.first_alpha_input] = to_float(alpha)[None, None].astype(kind)
+        self.state: dict[str, Array] = self.encode(state)
         self._first = self.state
 
     def encode(self, state: Mapping[str, Array]) -> dict[str, Array]:
@@ -217,9 +232,10 @@ class Session:
         self.alpha_of(outputs)
         return dict(self._pictures)
 
-    def alphas(self, frames: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32]]:
-        """Alpha of each frame of a clip in closed loop from the zero state: float32 [H,W] in 0..1."""
-        self.reset()
+    def alphas(self, frames: Iterable[NDArray[np.uint8]], first_alpha: NDArray[np.uint8] | None = None,
+               ) -> Iterator[NDArray[np.float32]]:
+        """Alpha of each frame of a clip in closed loop from the state of `reset`: float32 [H,W] in 0..1."""
+        self.reset(first_alpha)
         for frame in frames:
             yield self.alpha_of(self.step(frame))
 
@@ -240,7 +256,8 @@ class Session:
         sizes = {name: shapes[source] for name, source in self._states.items()}
         if not all(isinstance(d, int) for shape in sizes.values() for d in shape):
             return None
-        return {name: np.zeros(shape, self._types[name] or np.float32) for name, shape in sizes.items()}
+        return {name: np.zeros(shape, self._types[name] or np.float32) for name, shape in sizes.items()
+                if list(self.state[name].shape) != shape}
 
     def _find_frame(self) -> str:
         frames = [n for n, shape in self._shapes.items()
@@ -330,6 +347,27 @@ def normalization_of(graph: Graph) -> Normalization | None:
         return None if said is None else Normalization(**{k: tuple(map(float, v)) for k, v in json.loads(said).items()})
     except (ValueError, TypeError, AttributeError, OptionError, RecursionError) as error:
         raise ModelError(f"the model's metadata {NORMALIZATION_KEY} is damaged: {error}") from error
+
+
+def first_alpha_of(graph: Graph, pairs: Sequence[StatePair]) -> str | None:
+    """The state that is the first frame's alpha before it, by a model's metadata; None for models without such.
+
+    Raises:
+        ModelError: the metadata name what is no state [1,1,H,W].
+    """
+    name = graph.metadata.get(FIRST_ALPHA_KEY)
+    shapes = {v.name: v.shape or () for v in graph.inputs if v.name in {p.input for p in pairs}}
+    if name is not None and (len(shapes.get(name, ())) != 4 or shapes[name][1] != 1):
+        raise ModelError(f"the model's metadata {FIRST_ALPHA_KEY} name {name}, which is no state [1,1,H,W]; its states "
+                         f"are {', '.join(f'{n} {[*s]}' for n, s in shapes.items()) or 'none'}")
+    return name
+
+
+def check_first_alpha(name: str | None, clip: Clip) -> None:
+    """Raise MediaError for a clip without alpha where a state called `name` takes the first frame's."""
+    if name is not None and not clip.has_alpha:
+        raise MediaError(f"the model is told whom to follow by the first frame's alpha (state {name}), and {clip.name} "
+                         "has none; give footage with alpha, in folders com/ and pha/")
 
 
 def create_session(graph: Graph, *, threads: int = 0, optimize: bool = True, extra: Sequence[str] = (),
