@@ -25,7 +25,7 @@ with the least error there are kept; those before the first step are among them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -243,8 +243,9 @@ class _Calibration:
 
     def _first(self, truth: Tensor | None) -> dict[str, Tensor]:
         """The states before a sequence with this alpha, [T,1,1,h,w]."""
-        told = truth is not None and self.first_alpha is not None
-        return self.start | ({self.first_alpha: truth[0].to(self.device)} if told else {})
+        if truth is None or self.first_alpha is None:
+            return dict(self.start)
+        return self.start | {self.first_alpha: truth[0].to(self.device)}
 
     def _teach(self, frames: Tensor, state: dict[str, NDArray[Any]],
                ) -> tuple[list[dict[str, Tensor]], dict[str, NDArray[Any]]]:
@@ -260,7 +261,8 @@ class _Calibration:
     def _measure_states(self) -> None:
         """Note the power of the teacher's states."""
         def powers(stream: _Stream) -> dict[str, float]:
-            frames, truth = self.crops.draw(stream.number, max(8, self.context.options.effort.unrolled), alpha=self.labelled)
+            length = max(8, self.context.options.effort.unrolled)
+            frames, truth = self.crops.draw(stream.number, length, alpha=self.labelled)
             taught, _ = self._teach(frames, _as_arrays(self._first(truth)))
             return {name: float(np.mean([float(m[name].square().mean()) for m in taught]))
                     for name in self.states.values()}

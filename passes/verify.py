@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vmq import processes
+from vmq.clips import Clip
 from vmq.drift import SATURATED, StateErrors
 from vmq.errors import PassError
 from vmq.graph import Graph

@@ -1,4 +1,4 @@
-"""Models that are told whom to follow by the first frame's alpha: here one that sees nobody where it was told nobody."""
+"""Models that are told whom to follow by the first frame's alpha. This one sees nobody when told nobody."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_run_is_told_by_a_picture_or_by_the_footage(footage: Path, tmp_path: Pat
 def test_models_that_are_not_told(footage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     graph = network()
     graph.metadata[FIRST_ALPHA_KEY] = "src"
-    with pytest.raises(ModelError, match=r"name src, which is no state \[1,1,H,W\]; its states are last \[1, 1, 32, 48\]"):
+    with pytest.raises(ModelError, match=r"src, which is no state \[1,1,H,W\]; its states are last \[1, 1, 32, 48\]"):
         Session(graph)
     del graph.metadata[FIRST_ALPHA_KEY]
     graph.save(tmp_path / "float.onnx")

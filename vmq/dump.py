@@ -104,7 +104,8 @@ class Dump(Observer):
             frames = np.stack(list(islice(clips[0].frames(), PROBE_FRAMES)))
             probe = io.BytesIO()
             alpha = clips[0].first_alpha()
-            np.savez_compressed(probe, frames=frames, **({} if alpha is None else {"first_alpha": alpha}))
+            known: dict[str, Any] = {} if alpha is None else {"first_alpha": alpha}
+            np.savez_compressed(probe, frames=frames, **known)
             self._write("probe.npz", probe.getvalue())
         self._pipeline["finished"] = True
         self._write_pipeline()

@@ -340,7 +340,7 @@ def read_probe(folder: Path) -> Probe:
             frames: NDArray[np.uint8] = archive["frames"]
             if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1] != 3 or not frames.size:
                 raise ValueError("no frames")
-            alpha: NDArray[np.uint8] | None = archive["first_alpha"] if "first_alpha" in archive else None
+            alpha: NDArray[np.uint8] | None = archive.get("first_alpha")
             if alpha is not None and (alpha.dtype != np.uint8 or alpha.shape != frames.shape[2:]):
                 raise ValueError("no alpha of the first frame")
             return Probe(frames, alpha)

@@ -356,7 +356,7 @@ def first_alpha_of(graph: Graph, pairs: Sequence[StatePair]) -> str | None:
         ModelError: the metadata name what is no state [1,1,H,W].
     """
     name = graph.metadata.get(FIRST_ALPHA_KEY)
-    shapes = {v.name: v.shape or () for v in graph.inputs if v.name in {p.input for p in pairs}}
+    shapes: dict[str, Any] = {v.name: v.shape or () for v in graph.inputs if v.name in {p.input for p in pairs}}
     if name is not None and (len(shapes.get(name, ())) != 4 or shapes[name][1] != 1):
         raise ModelError(f"the model's metadata {FIRST_ALPHA_KEY} name {name}, which is no state [1,1,H,W]; its states "
                          f"are {', '.join(f'{n} {[*s]}' for n, s in shapes.items()) or 'none'}")
