@@ -42,6 +42,7 @@ NOT_RUN = {
     r"torchrun ": "tests/test_processes.py::test_killed_and_resumed_two_processes_write_what_one_writes",
     r"vmq bench ": "takes a quiet machine; tests/test_bench.py",
     r"vmq run \S+ \d ": "needs a camera",
+    r"vmq run \S+ \S+ --first-alpha ": "tests/test_first_alpha.py::test_run_is_told_by_a_picture_or_by_the_footage",
     r"python -m models\.rvm ": "needs weights; tests/test_rvm.py",
     r"python -m models\.modnet ": "needs weights; tests/test_modnet.py",
     r"python -m models\.matanyone ": "needs a package and weights; tests/test_matanyone.py",
