@@ -44,9 +44,9 @@ from vmq.graph import Constant, Graph
 from vmq.lanes import Lanes
 from vmq.learning import Adam, Parameter, assign, coarse, parameters
 from vmq.pipeline import Context, Pass, PassResult
+from vmq.recipe import NetworkRecipe
 from vmq.runtime import Session, create_session
 from vmq.shadow import Shadow
-from vmq.spec import NetworkRecipe
 
 LEVELS = 4
 """Levels of the Laplacian pyramid."""

@@ -43,9 +43,9 @@ from vmq.lanes import LANES, Lanes
 from vmq.layers import float_source, homes
 from vmq.learning import SETTLED, Adam, Dropped, Parameter, SoftRounding, assign, coarse, mixed, parameters
 from vmq.pipeline import Context, Pass, PassResult
+from vmq.recipe import BlockRecipe
 from vmq.runtime import Session
 from vmq.shadow import Shadow
-from vmq.spec import BlockRecipe
 
 MEMORY = 2 << 30
 """Bytes of block inputs and outputs that are held in memory; what is more goes to temporary files."""

@@ -9,8 +9,9 @@ from tiny_recurrent import read
 
 from vmq.graph import Graph
 from vmq.quant import dequantize, quantize
+from vmq.recipe import Recipe
 from vmq.runtime import Session
-from vmq.spec import QuantSpec, Recipe
+from vmq.spec import QuantSpec
 
 BALANCED = Recipe("balanced", balance=True)
 

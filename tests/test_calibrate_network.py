@@ -25,9 +25,10 @@ from vmq.graph import Constant, Graph
 from vmq.lanes import Lanes
 from vmq.pipeline import Context, run_passes
 from vmq.quant import quantize
+from vmq.recipe import NetworkRecipe, Recipe
 from vmq.runtime import Session
 from vmq.shadow import Shadow
-from vmq.spec import EFFORTS, NetworkRecipe, QuantSpec, Recipe
+from vmq.spec import EFFORTS, QuantSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

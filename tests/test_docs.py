@@ -29,7 +29,8 @@ import vmq.compiler
 from passes import PIPELINE
 from vmq.clips import open_writer
 from vmq.pipeline import Context, PassResult, run_passes
-from vmq.spec import EFFORTS, Bits, Budget, Effort, Options, Recipe
+from vmq.recipe import Recipe
+from vmq.spec import EFFORTS, Bits, Budget, Effort, Options
 from vmq.synthetic import synthetic_clips
 from vmq.text import diff_graphs, format_graph
 

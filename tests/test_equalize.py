@@ -16,8 +16,9 @@ from passes.equalize import VALUES, Equalize
 from passes.fold_batchnorm import FoldBatchnorm
 from vmq.graph import Graph
 from vmq.pipeline import Context, PassResult, run_passes
+from vmq.recipe import Recipe
 from vmq.runtime import Session
-from vmq.spec import Options, Recipe
+from vmq.spec import Options
 
 
 def context(footage=(), on: bool = True) -> Context:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from compiling import network, run_to
 
-from vmq.spec import Recipe
+from vmq.recipe import Recipe
 
 
 def test_biases_move_by_half_a_step_at_most_and_become_int32():

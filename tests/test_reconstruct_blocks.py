@@ -21,8 +21,9 @@ from vmq.graph import Graph
 from vmq.lanes import Lanes
 from vmq.pipeline import Context, run_passes
 from vmq.quant import quantize
+from vmq.recipe import BlockRecipe, Recipe
 from vmq.runtime import Session, create_session
-from vmq.spec import EFFORTS, BlockRecipe, QuantSpec, Recipe
+from vmq.spec import EFFORTS, QuantSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

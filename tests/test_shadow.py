@@ -25,9 +25,10 @@ from vmq.fakequant import FakeQuantize
 from vmq.graph import Graph
 from vmq.layers import same_grid
 from vmq.pipeline import Context, Observer, Pass, PassResult, run_passes
+from vmq.recipe import Recipe
 from vmq.runtime import Session
 from vmq.shadow import Shadow
-from vmq.spec import Bits, Options, Recipe
+from vmq.spec import Bits, Options
 
 Array = NDArray[Any]
 Values = dict[str, Array]

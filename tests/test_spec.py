@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmq.errors import OptionError
-from vmq.spec import Bits, BlockRecipe, NetworkRecipe, Options, QuantSpec, Recipe
+from vmq.recipe import BlockRecipe, NetworkRecipe, Recipe
+from vmq.spec import Bits, Options, QuantSpec
 from vmq.targets import TARGETS
 
 

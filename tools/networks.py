@@ -29,8 +29,8 @@ from vmq.clips import Clip, Frame, fingerprint, open_clips
 from vmq.errors import VmqError
 from vmq.evaluate import evaluate
 from vmq.graph import Graph, file_size, write_atomic
+from vmq.recipe import Recipe
 from vmq.runtime import Session
-from vmq.spec import Recipe
 from vmq.synthetic import synthetic_clips
 
 BITS = ("8", "w4a8", "4")

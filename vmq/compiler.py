@@ -28,9 +28,10 @@ from vmq.graph import Graph, check_output, file_size
 from vmq.lanes import check_device
 from vmq.lock import locked
 from vmq.pipeline import Context, Observer, Pass, PassResult, run_passes
+from vmq.recipe import Recipe
 from vmq.report import chosen_lines
 from vmq.runtime import NORMALIZATION_KEY, Session, check_first_alpha
-from vmq.spec import EFFORTS, Effort, Options, Recipe, parse_bits, parse_normalization
+from vmq.spec import EFFORTS, Effort, Options, parse_bits, parse_normalization
 from vmq.synthetic import synthetic_clips
 from vmq.targets import TARGETS
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from vmq.errors import OptionError
 from vmq.graph import write_atomic
-from vmq.spec import Bits, Recipe
+from vmq.recipe import Recipe
+from vmq.spec import Bits
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE_FILES = ROOT / "vmq" / "recipes"
