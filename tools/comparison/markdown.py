@@ -34,9 +34,11 @@ def render(bench: Bench) -> str:
     for table in rows.TABLES:
         caption = [*(SIZE_CAPTION.splitlines() if table.size else []), *table.note.splitlines()]
         lines += ["", f"## {table.title}", "", *([*caption, ""] if caption else [])]
-        lines += markdown(_head(table), list(_lines(bench, table)))
-        wider = _above_nominal(bench, table)
-        lines += ["", *wider] if wider else []
+        missing: list[str] = []
+        known = list(_lines(bench, table, missing))
+        lines += markdown(_head(table), known) if known else []
+        below = _above_nominal(bench, table) + ([f"- Not computed yet: {'; '.join(missing)}"] if missing else [])
+        lines += [*([""] if known else []), *below] if below else []
     return "\n".join([*lines, "", _footer(bench)]) + "\n"
 
 
@@ -46,7 +48,8 @@ def _head(table: Table) -> list[str]:
             *(["x MAD", "x dtSSD"] if table.ratio else []), "minutes", "MiB"]
 
 
-def _lines(bench: Bench, table: Table) -> Iterator[list[str]]:
+def _lines(bench: Bench, table: Table, missing: list[str]) -> Iterator[list[str]]:
+    """The lines of a table; what nothing is known of goes to `missing`."""
     for row in table.rows:
         for label in bench.sets(row):
             shown = row.label if label == bench.main else f"{row.label} on {label}"
@@ -54,6 +57,9 @@ def _lines(bench: Bench, table: Table) -> Iterator[list[str]]:
                 jobs: dict[int, Job | None] = {0: None}
                 if row.recipe:
                     jobs = {seed: bench.job(row, effort, seed) for seed in rows.SEEDS[effort]}
+                if not any(bench.scored(job, label) or (job and bench.compiled(job)) for job in jobs.values()):
+                    missing.append(f"{shown} {effort}" if row.recipe else shown)
+                    continue
                 yield _line(bench, table, row, shown, effort, list(jobs.values()), label)
                 for seed, job in jobs.items():
                     for record in (bench.compiled(job) if job else None, bench.scored(job, label)):
