@@ -8,6 +8,7 @@ import re
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -106,6 +107,36 @@ def test_a_picture_of_too_many_bytes(tmp_path: Path):
     os.truncate(tmp_path / "0.png", 64_000_000_000)
     with pytest.raises(MediaError, match=r"0\.png has 64\.0 GB"):
         open_clips([tmp_path])
+
+
+def test_a_huge_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """Where frames end, and a terabyte of nothing begins, nobody searches for long; room between frames is no harm."""
+    for name, codec in (("a.avi", "MJPG"), ("a.mp4", "mp4v")):
+        writer = fuzz.cv2.VideoWriter(str(tmp_path / name), fuzz.cv2.CAP_FFMPEG,
+                                      fuzz.cv2.VideoWriter.fourcc(*codec), 25.0, (48, 32))
+        for value in range(6):
+            writer.write(np.full((32, 48, 3), 40 * value, np.uint8))
+        writer.release()
+    monkeypatch.setattr("vmq.clips.PATIENCE", 1.0)
+    whole = (tmp_path / "a.avi").read_bytes()
+    for content, said in ((whole, r"a\.avi: a search of 1 seconds found no further frame and no end of the video"),
+                          (whole[:whole.rindex(b"\xff\xd8")], "found no further frame|only 5 of its 6 frames"),
+                          (whole[:300], r"a\.avi cannot be decoded as a video")):
+        (tmp_path / "a.avi").write_bytes(content)
+        os.truncate(tmp_path / "a.avi", 1 << 40)
+        started = time.monotonic()
+        with pytest.raises(MediaError, match=said):
+            open_clips([tmp_path / "a.avi"])
+        assert time.monotonic() - started < 25.0              # OpenCV would take 30 seconds a search
+    assert capfd.readouterr().err == ""
+    data = (tmp_path / "a.mp4").read_bytes()
+    index, room = data.rindex(b"moov") - 4, 100 * 10**9       # 100 GB between the frames and their index
+    with (tmp_path / "a.mp4").open("wb") as file:
+        file.write(data[:index] + struct.pack(">I4sQ", 1, b"free", room))
+        file.seek(index + room)
+        file.write(data[index:])
+    clip, = open_clips([tmp_path / "a.mp4"])
+    assert len(list(clip.frames())) == 6
 
 
 def test_a_png_whose_checksums_are_wrong(tmp_path: Path):
