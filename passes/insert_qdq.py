@@ -12,8 +12,9 @@ For each value that is computed, what its readers want decides:
 A value wanted at several widths is quantized to that of its maker, or else the widest, and from there to the
 others, so that the integer kernel that makes it has one quantizer to fuse with. A layer followed by Relu or
 Clip is quantized after that. For what comes after the last layer 8 bits are too few, and for products and averages
-whose difference is taken: a variance as E[xy] - E[x]E[y] does not survive the rounding of its terms. These stay
-float, or take the target's wide integers. Arithmetic on single numbers stays float anywhere: it costs nothing, and a
+whose difference is taken: a variance as E[xy] - E[x]E[y] does not survive the rounding of its terms. Nor does what is
+divided by, as in a LayerNormalization written out: rounded it may be 0. These stay float, or take the target's wide
+integers. Arithmetic on single numbers stays float anywhere: it costs nothing, and a
 state that counts frames must not be rounded.
 """
 
@@ -37,6 +38,9 @@ KEPT_BY_DEFAULT = {"first": 8, "last": 8}
 
 SPECTRAL = frozenset({"Mul", "Add", "Sub", "Div", "AveragePool", "GlobalAveragePool", "ReduceMean"})
 """Operators through which a difference of two activations keeps its operands in float."""
+
+DIVIDING = SPECTRAL | {"Sqrt", "Pow", "Abs", "ReduceL2", "ReduceSum"}
+"""Operators through which a divisor keeps its operands in float, back to a Sub."""
 
 FIRST_ONLY = frozenset({"Clip", "ReduceMean", "Resize"})
 """Operators of which only the first input is an activation."""
@@ -87,7 +91,7 @@ class _Placement:
         self.kinds = kinds_of(graph, self.target, state_outputs, recurrent)
         single: set[str] = {n.name for n in graph.nodes if carries(n, self.target)
                             and all(_is_number(v) for v in (*n.inputs, *n.outputs) if v.name)}
-        fine = (tail_nodes(graph, self.target, state_outputs) | _differences(graph)) - single
+        fine = (tail_nodes(graph, self.target, state_outputs) | _differences(graph) | _divisors(graph)) - single
         self.wide_nodes, self.float_nodes = (fine, single) if self.target.wide else (set[str](), fine | single)
         for node in compute_nodes(graph, self.target):
             if node.outputs[0].outputs and all(r.name in fine | single for r in node.outputs[0].outputs):
@@ -361,6 +365,22 @@ def _differences(graph: Graph) -> set[str]:
             if current.name not in found and _spectral(current):
                 found.add(current.name)
                 stack += [p for v in current.inputs for p in v.inputs]
+    return found
+
+
+def _divisors(graph: Graph) -> set[str]:
+    """Nodes that compute what something is divided by."""
+    found: set[str] = set()
+    for node in graph.nodes:
+        divisors = {"Div": node.inputs[1:], "Reciprocal": node.inputs}.get(node.op, [])
+        if node.op == "Pow" and isinstance(node.inputs[1], Constant) and (node.inputs[1].values < 0).any():
+            divisors = node.inputs[:1]
+        stack = [p for v in divisors for p in v.inputs]
+        while stack:
+            current = stack.pop()
+            if current.name not in found and current.op in DIVIDING:
+                found.add(current.name)
+                stack += [p for v in current.inputs for p in v.inputs if current.op != "Sub"]
     return found
 
 

@@ -15,7 +15,7 @@ network's input (vmq/gptq.py): gradient steps start from there.
 
 A quantizer belongs to the block that makes the value; one that quantizers of several blocks share, to the first.
 Float and quantized values at the edges of blocks are computed once and kept until the last block that reads them,
-in memory up to `MEMORY` bytes and in temporary files beyond.
+in memory up to `MEMORY` bytes, or half of what is available if that is less, and in temporary files beyond.
 """
 
 from __future__ import annotations
@@ -42,13 +42,14 @@ from vmq.graph import Constant, Graph
 from vmq.lanes import LANES, Lanes
 from vmq.layers import float_source, homes
 from vmq.learning import SETTLED, Adam, Dropped, Parameter, SoftRounding, assign, coarse, mixed, parameters
+from vmq.memory import available
 from vmq.pipeline import Context, Pass, PassResult
 from vmq.recipe import BlockRecipe
 from vmq.runtime import Session
 from vmq.shadow import Shadow
 
 MEMORY = 2 << 30
-"""Bytes of block inputs and outputs that are held in memory; what is more goes to temporary files."""
+"""Bytes of block inputs and outputs that are held in memory, at most; what is more goes to temporary files."""
 COLUMNS = 24
 """Frames that a layer's columns are rounded on."""
 ITEM = 2
@@ -107,6 +108,7 @@ class _Reconstruction:
         self.quantizers = dict(self.shadow.quantizers)
         self.learned: set[str] = set()
         self.changed = self.bytes = 0
+        self.room = min(MEMORY, available() / (2 * processes.count()))
         self.sequences = lanes.map(self._sequence, range(effort.sequences))
         self.batchable = processes.first(self._runs_in_batches)
 
@@ -172,7 +174,7 @@ class _Reconstruction:
         """Room for values, in memory while there is some, else in a file."""
         size = 4 * math.prod(shape)
         self.bytes += size
-        if self.bytes <= MEMORY:
+        if self.bytes <= self.room:
             with contextlib.suppress(RuntimeError, MemoryError):        # there is none: a file it is
                 return torch.empty(tuple(shape), device=self.device)
         try:

@@ -1,8 +1,9 @@
 """Random matting networks, recurrent and feed-forward, whose states and closures are known because they were built.
 
 A network is a stem, encoder layers and recurrent cells in any order, a decoder and a head. What varies: kinds of
-layers, of cells and of states (rank 1 to 5, handed on through Identity and Cast), opset 11 to 23, free sizes, float16
-inside or everywhere, and where constants are kept.
+layers (convolutions, and tokens as in transformers), of cells and of states (rank 1 to 5, handed on through Identity
+and Cast, one that counts frames), opset 11 to 23, free sizes, float16 inside or everywhere, and where constants are
+kept.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ class Network:
     Attributes:
         proto: the model.
         states: its states, {input: output}.
+        pairs: those of them that the graph does not tell, and so have to be given by hand.
         closures: the names of the nodes that update each state, by the name of the input.
         features: what it is made of, for messages.
     """
 
     proto: onnx.ModelProto
     states: dict[str, str]
+    pairs: dict[str, str]
     closures: dict[str, set[str]]
     features: list[str]
 
@@ -59,6 +62,7 @@ class _Builder:
         self.inputs: list[Any] = []
         self.outputs: list[Any] = []
         self.states: dict[str, str] = {}
+        self.pairs: dict[str, str] = {}
         self.closures: dict[str, set[str]] = {}
         self.features: list[str] = []
         self.shared: dict[tuple[int, ...], str] = {}
@@ -135,7 +139,7 @@ class _Builder:
     def layer(self, x: _Value) -> _Value:
         """A layer of any kind; `own` are the nodes from its last multiply-add on."""
         kind = self.pick(["conv", "depthwise", "grouped", "dilated", "residual", "squeeze", "down", "norm", "pool",
-                          "attention", "transposed"])
+                          "attention", "transposed", "tokens", "tokens"])
         self.features.append(kind)
         c, stride = x.channels, x.stride
         if kind == "squeeze":
@@ -149,19 +153,23 @@ class _Builder:
             return _Value(self.op("Concat", [x.name, same], axis=1), 2 * c, stride)
         if kind == "attention" and not self.dynamic:
             return self.attention(x)
+        if kind == "tokens":
+            return self.tokens(x)
         if kind == "residual":
             y = self.op("Relu", [self.conv(x.name, c, c, share=True)])
             return _Value(self.op("Add", [x.name, self.conv(y, c, c, share=True)]), c, stride)
         if kind == "transposed" and stride > 1:
-            weight = self.weight(c, 6, 2, 2, fan=c)
-            y = self.op("ConvTranspose", [x.name, weight], strides=[2, 2], kernel_shape=[2, 2])
+            group, kernel = self.pick([1, 2]) if c % 2 == 0 else 1, self.pick([2, 4])
+            weight = self.weight(c, 6 // group, kernel, kernel, fan=c // group * (kernel // 2)**2)
+            y = self.op("ConvTranspose", [x.name, weight], strides=[2, 2], kernel_shape=[kernel] * 2, group=group,
+                        pads=[kernel // 2 - 1] * 4)
             return _Value(self.op("Relu", [self.norm(y, 6)]), 6, stride // 2)
         first = len(self.nodes)
         if kind == "depthwise":
             y = self.conv(self.op("Relu", [self.conv(x.name, c, c, group=c)]), c, 8, 1)
             return _Value(y, 8, stride, [self.nodes[-1].name])
         if kind == "grouped" and c % 2 == 0:
-            y, channels = self.conv(x.name, c, 8, group=2), 8
+            y, channels = self.conv(x.name, c, 8, group=2, dilation=self.pick([1, 2])), 8
         elif kind == "dilated":
             y, channels = self.conv(x.name, c, 6, dilation=2), 6
         elif kind == "down" and stride < 4:
@@ -181,6 +189,63 @@ class _Builder:
         scores = self.op("Mul", [self.op("MatMul", [q, turned]), self.constant(width**-0.5)])
         y = self.op("MatMul", [self.op("Softmax", [scores], axis=-1 if self.opset >= 13 else 3), x.name])
         return _Value(self.op("Add", [x.name, y]), x.channels, x.stride)
+
+    def tokens(self, x: _Value) -> _Value:
+        """A layer of a transformer: [1, C, H, W] as H x W tokens of C, normalized, a branch, a residual, and back."""
+        c, kind = x.channels, self.pick(["mlp", "self attention"])
+        self.features.append(kind)
+        rows = self.rows(x.name, c)
+        norm = self.layer_norm(rows, c)
+        if kind == "mlp":
+            y = self.linear(self.gelu(self.linear(norm, c, 2 * c)), 2 * c, c)
+        else:
+            few = self.rows(self.op("AveragePool", [x.name], kernel_shape=[8, 8], strides=[8, 8]), c)
+            y = self.self_attention(norm, self.layer_norm(few, c), c)
+        y = self.op("Transpose", [self.op("Add", [rows, y])], perm=[0, 2, 1])
+        shape = [1, c, SIZE[0] // x.stride, SIZE[1] // x.stride]
+        told = self.op("Shape", [x.name]) if self.dynamic else self.constant(shape, np.int64)
+        return _Value(self.op("Reshape", [y, told]), c, x.stride)
+
+    def rows(self, value: str, channels: int) -> str:
+        """[1, C, H, W] to [1, H x W, C]."""
+        flat = self.op("Reshape", [value, self.constant([1, channels, -1], np.int64)])
+        return str(self.op("Transpose", [flat], perm=[0, 2, 1]))
+
+    def linear(self, value: str, channels_in: int, channels: int) -> str:
+        y = self.op("MatMul", [value, self.weight(channels_in, channels, fan=channels_in)])
+        return str(self.op("Add", [self.bias(channels), y]))
+
+    def self_attention(self, x: str, few: str, channels: int) -> str:
+        """All tokens look at few of them, with one head or two."""
+        heads = 2 if channels % 2 == 0 else 1
+        split = [1, -1, heads, channels // heads]
+        q, k, v = (self.op("Transpose", [self.op("Reshape", [self.linear(t, channels, channels),
+                                                            self.constant(split, np.int64)])], perm=perm)
+                   for t, perm in ((x, [0, 2, 1, 3]), (few, [0, 2, 3, 1]), (few, [0, 2, 1, 3])))
+        scores = self.op("Div", [self.op("MatMul", [q, k]), self.constant((channels // heads)**0.5)])
+        y = self.op("MatMul", [self.op("Softmax", [scores], axis=-1 if self.opset >= 13 else 3), v])
+        y = self.op("Reshape", [self.op("Transpose", [y], perm=[0, 2, 1, 3]),
+                                self.constant([1, -1, channels], np.int64)])
+        return self.linear(y, channels, channels)
+
+    def layer_norm(self, value: str, channels: int) -> str:
+        """LayerNormalization over the last axis: an operator since opset 17, many before."""
+        scale, bias = self.constant(self.rng.uniform(0.7, 1.3, channels)), self.bias(channels)
+        if self.opset >= 17 and self.pick([True, False]):
+            self.features.append("LayerNormalization")
+            return str(self.op("LayerNormalization", [value, scale, bias], axis=-1, epsilon=1e-5))
+        off = self.op("Sub", [value, self.along("ReduceMean", value, [-1])])
+        variance = self.along("ReduceMean", self.op("Pow", [off, self.constant(2.0)]), [-1])
+        deviation = self.op("Sqrt", [self.op("Add", [variance, self.constant(1e-5)])])
+        return str(self.op("Add", [self.op("Mul", [self.op("Div", [off, deviation]), scale]), bias]))
+
+    def gelu(self, value: str) -> str:
+        """GELU: an operator since opset 20, several before."""
+        if self.opset >= 20 and self.pick([True, False]):
+            return str(self.op("Gelu", [value]))
+        erf = self.op("Erf", [self.op("Div", [value, self.constant(2**0.5)])])
+        return str(self.op("Mul", [self.op("Mul", [value, self.op("Add", [erf, self.constant(1.0)])]),
+                                   self.constant(0.5)]))
 
     def joined(self, a: _Value, b: _Value) -> _Value:
         """Both, at the resolution of the first."""
@@ -231,13 +296,15 @@ class _Builder:
 
     def cell(self, x: _Value) -> _Value:
         """A recurrent cell behind x; what it gives stands for x from there on."""
-        kind = self.pick(["gru", "gru", "lstm", "mean", "five", "vector", "number"])
+        kind = self.pick(["gru", "gru", "lstm", "mean", "five", "vector", "number", "count", "count"])
         self.features.append(kind)
         # What feeds a cell alone, back to its first multiply-add, belongs to the closure.
         alone = bool(x.own) and self.pick([True, False])
         fed = set(x.own) if alone and not (self.dynamic and self.expands) else set()   # Shape reads it, too
         if kind in ("vector", "number"):
             return self.pooled_cell(x, number=kind == "number")
+        if kind == "count":
+            return self.counter(x)
         size = [SIZE[0] // x.stride, SIZE[1] // x.stride]
         c = 4
         shape = [1, c, *size] if kind != "five" else [1, 1, c, *size]
@@ -341,6 +408,31 @@ class _Builder:
         scale = self.along("Unsqueeze", self.op("Sigmoid", [h]), [2, 3])
         return _Value(self.op("Mul", [x.name, scale]), c, x.stride)
 
+    def counter(self, x: _Value) -> _Value:
+        """A number [1] that counts frames, of which the first and every second go another way, or into a memory."""
+        c = x.channels
+        count, write, closure = self.state([1], 1)
+        name = f"r{len(self.states) - 1}"
+        self.pairs[name] = self.states[name]               # nothing but itself drives it
+        first = len(self.nodes)
+        due = self.op("Or", [self.op("Equal", [count, self.constant([0.0])]),
+                             self.op("Greater", [count, self.constant([1.5])])])
+        write(self.op("Where", [due, self.constant([1.0]), self.op("Add", [count, self.constant([1.0])])]))
+        closure.update(n.name for n in self.nodes[first:])
+        if self.pick([True, False]):
+            return _Value(self.op("Where", [due, x.name, self.conv(x.name, c, c)]), c, x.stride)
+        self.features.append("memory")
+        memory, keep, closure = self.state([1, c, SIZE[0] // x.stride, SIZE[1] // x.stride], x.stride)
+        first = len(self.nodes)
+        if self.dynamic and self.expands:
+            memory = self.expanded(memory, x, 4)
+            first = len(self.nodes) - 1
+        new = self.conv(x.name, c, c) if self.pick([True, False]) else x.name
+        memory = self.op("Where", [due, new, memory])
+        closure.update(n.name for n in self.nodes[first:])
+        keep(memory)
+        return self.out(x, memory, c, alone=False)
+
     def out(self, x: _Value, h: str, channels: int, alone: bool) -> _Value:
         """What a cell gives: its state alone, or joined with what fed it."""
         if alone:
@@ -423,7 +515,7 @@ def networks(draw: Any) -> Network:
         for closure in builder.closures.values():
             closure |= {cast.name} if readers <= closure else set()
     onnx.checker.check_model(proto)
-    return Network(proto, builder.states, builder.closures, builder.features)
+    return Network(proto, builder.states, builder.pairs, builder.closures, builder.features)
 
 
 # -- where constants are kept, and of what type they are ---------------------------------------------------

@@ -289,9 +289,9 @@ def test_no_such_operator_and_broken_wiring() -> None:
 
 
 def test_types_that_numpy_does_not_know() -> None:
-    for kind in ("bfloat16", "uint4"):
+    for kind, name in (("bfloat16", "bfloat16"), ("uint4", "uint4"), ("float8e5m2", "float8_e5m2")):
         message = refused(parse(f"({kind}[4] x) => ({kind}[4] y) {{ y = Identity (x) }}"))
-        assert f"x is {kind}; export the model in float32" in message
+        assert f"x is {name}; export the model in float32" in message
     message = refused(parse("(float[4] x) => (seq(float[4]) y) { y = SequenceConstruct (x) }"))
     assert "y is no tensor" in message
 

@@ -8,9 +8,11 @@ import re
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import onnx
 import pytest
@@ -26,6 +28,7 @@ from vmq.graph import Graph
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
 import fuzz
+from fuzzing import cases, changes, child
 
 
 class Bomb:
@@ -37,7 +40,7 @@ class Bomb:
 
 def external(folder: Path, **entries: str) -> Path:
     """The fuzzer's network with its first weight in another file."""
-    model = fuzz.network()
+    model = changes.network()
     tensor = next(i for i in model.graph.initializer if i.name == "w0")
     (folder / "w.bin").write_bytes(tensor.raw_data)
     tensor.ClearField("raw_data")
@@ -96,7 +99,7 @@ def test_a_picture_that_claims_to_be_huge(tmp_path: Path):
 
 
 def test_a_picture_of_too_many_bytes(tmp_path: Path):
-    good = fuzz.cv2.imencode(".png", np.zeros((32, 48, 3), np.uint8))[1].tobytes()
+    good = cv2.imencode(".png", np.zeros((32, 48, 3), np.uint8))[1].tobytes()
     for name in ("0.png", "1.png"):
         (tmp_path / name).write_bytes(good)
     clip, = open_clips([tmp_path])
@@ -108,9 +111,39 @@ def test_a_picture_of_too_many_bytes(tmp_path: Path):
         open_clips([tmp_path])
 
 
+def test_a_huge_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """Where frames end, and a terabyte of nothing begins, nobody searches for long; room between frames is no harm."""
+    for name, codec in (("a.avi", "MJPG"), ("a.mp4", "mp4v")):
+        writer = cv2.VideoWriter(str(tmp_path / name), cv2.CAP_FFMPEG,
+                                      cv2.VideoWriter.fourcc(*codec), 25.0, (48, 32))
+        for value in range(6):
+            writer.write(np.full((32, 48, 3), 40 * value, np.uint8))
+        writer.release()
+    monkeypatch.setattr("vmq.clips.PATIENCE", 1.0)
+    whole = (tmp_path / "a.avi").read_bytes()
+    for content, said in ((whole, r"a\.avi: a search of 1 seconds found no further frame and no end of the video"),
+                          (whole[:whole.rindex(b"\xff\xd8")], "found no further frame|only 5 of its 6 frames"),
+                          (whole[:300], r"a\.avi cannot be decoded as a video")):
+        (tmp_path / "a.avi").write_bytes(content)
+        os.truncate(tmp_path / "a.avi", 1 << 40)
+        started = time.monotonic()
+        with pytest.raises(MediaError, match=said):
+            open_clips([tmp_path / "a.avi"])
+        assert time.monotonic() - started < 25.0              # OpenCV would take 30 seconds a search
+    assert capfd.readouterr().err == ""
+    data = (tmp_path / "a.mp4").read_bytes()
+    index, room = data.rindex(b"moov") - 4, 100 * 10**9       # 100 GB between the frames and their index
+    with (tmp_path / "a.mp4").open("wb") as file:
+        file.write(data[:index] + struct.pack(">I4sQ", 1, b"free", room))
+        file.seek(index + room)
+        file.write(data[index:])
+    clip, = open_clips([tmp_path / "a.mp4"])
+    assert len(list(clip.frames())) == 6
+
+
 def test_a_png_whose_checksums_are_wrong(tmp_path: Path):
     """OpenCV would give other pixels, or print what libpng thinks of them."""
-    good = fuzz.cv2.imencode(".png", np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8))[1].tobytes()
+    good = cv2.imencode(".png", np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8))[1].tobytes()
     (tmp_path / "a.png").write_bytes(good)
     assert len(open_clips([tmp_path / "a.png"])) == 1
     (tmp_path / "a.png").write_bytes(good[:100] + bytes([good[100] ^ 1]) + good[101:])
@@ -157,15 +190,15 @@ def test_the_fuzzer_finds_nothing_in_its_first_cases():
     (56, "huge", "run", "a.png has 1000.0 GB")])
 def test_cases_of_the_fuzzer(number: int, kind: str, command: str, said: str, tmp_path: Path,
                              capsys: pytest.CaptureFixture[str]):
-    png = fuzz.cv2.imencode(".png", np.zeros((32, 48, 3), np.uint8))[1].tobytes()
+    png = cv2.imencode(".png", np.zeros((32, 48, 3), np.uint8))[1].tobytes()
     media = {f"a.{end}": png for end in ("avi", "bmp", "jpg", "mp4", "png", "tiff", "webp")}
     dump = {"pipeline.json": b'{"finished": true, "passes": [], "options": {"pairs": {}}}', "probe.npz": b""}
-    found, words = fuzz.make_case(number, fuzz.Seeds(fuzz.network().SerializeToString(), media, dump), tmp_path)
+    found, words = cases.make_case(number, cases.Seeds(changes.network().SerializeToString(), media, dump), tmp_path)
     assert (found, words[0]) == (kind, command)
     assert main(words) == 2
     line = capsys.readouterr().err
     assert said in line
-    assert fuzz._verdict(2 << 8, line) == "refused"
+    assert child.verdict(2 << 8, line) == "refused"
 
 
 @pytest.mark.parametrize(("status", "said", "verdict"), [
@@ -173,4 +206,4 @@ def test_cases_of_the_fuzzer(number: int, kind: str, command: str, said: str, tm
     (2 << 8, "a\nb\n", "not one line"), (2 << 8, "vmq: error: KeyError: 'x'\n", "unclear"), (11, "", "dies of SIGSEGV"),
     (2 << 8, "vmq: error: out of memory: use smaller frames\n", "unclear"), (None, "", "takes too long")])
 def test_what_counts_as_a_find(status: int | None, said: str, verdict: str):
-    assert fuzz._verdict(status, said) == verdict
+    assert child.verdict(status, said) == verdict

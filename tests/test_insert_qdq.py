@@ -187,6 +187,31 @@ def test_a_variance_stays_float():
     assert sum("stays float" in n for n in result.notes) == 2
 
 
+@pytest.mark.parametrize("divided", [
+    "deviation = Sqrt (more) norm = Div (off, deviation)",
+    "deviation = Sqrt (more) inverse = Reciprocal (deviation) norm = Mul (off, inverse)",
+    "inverse = Pow (more, half) norm = Mul (off, inverse)"])
+def test_what_is_divided_by_stays_float(divided: str):
+    """A LayerNormalization written out: a small variance must not be rounded to 0."""
+    graph = read(f"""(float[1,4,8,8] x, float[4,4,3,3] w0, float[4,4,1,1] w1, float[1,4,1,1] w2) => (float[1,1,8,8] pha)
+                     <int64[1] channels = {{1}}, float two = {{2.0}}, float tiny = {{1e-5}}, float half = {{-0.5}}> {{
+        y = Conv <pads = [1,1,1,1]> (x, w0)
+        mean = ReduceMean (y, channels)
+        off = Sub (y, mean)
+        square = Pow (off, two)
+        variance = ReduceMean (square, channels)
+        more = Add (variance, tiny)
+        {divided}
+        z = Conv (norm, w1)
+        q = Relu (z)
+        pha = Conv (q, w2)
+    }}""")
+    placed(graph)
+    assert [name for name in ("square", "variance", "more") if quantizers(graph, name)] == []
+    assert quantizers(graph, "off") == ([] if "Div" in divided else ["uint8"])
+    assert quantizers(graph, "norm") == ["uint8"]
+
+
 def test_nothing_depends_on_names():
     graph, renamed = network(), network()
     for index, node in enumerate(renamed.nodes):

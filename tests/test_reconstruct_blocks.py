@@ -379,9 +379,10 @@ def test_another_seed_gives_others(start: tuple[Graph, Context], learned: bytes)
     assert reconstruct(other, **VMQ)[0].to_bytes() != learned
 
 
-def test_what_does_not_fit_in_memory_goes_to_files(start: tuple[Graph, Context], learned: bytes,
+@pytest.mark.parametrize(("name", "value"), [("MEMORY", 0), ("available", lambda: 1000)])
+def test_what_does_not_fit_in_memory_goes_to_files(start: tuple[Graph, Context], learned: bytes, name: str, value: Any,
                                                    monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(reconstruct_blocks, "MEMORY", 0)
+    monkeypatch.setattr(reconstruct_blocks, name, value)
     files = 0
     real = torch.from_file
 

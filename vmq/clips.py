@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -62,6 +63,8 @@ _logging: Any = cv2 if hasattr(cv2, "setLogLevel") else cv2.utils.logging  # Ope
 DEFAULT_FPS = 25.0
 LARGEST = 8 << 26
 """Bytes of a picture's file, at most: as many pixels as are read above, uncompressed, of four 16-bit channels."""
+PATIENCE = 10.0
+"""Seconds that FFmpeg may search a video for its streams, or for its next frame: sparse or damaged, it may be huge."""
 _WANTED = "a video, a folder of frames, or a folder with com/ and pha/"
 
 
@@ -359,7 +362,7 @@ def _content(path: Path, most: int = -1) -> bytes:
 def _video(path: Path, size: Size | None) -> Clip:
     with _capture(path) as capture:
         opened = capture.isOpened()
-        ok, first = capture.read()
+        ok, first = _read(capture, path) if opened else (False, None)
         fps = capture.get(cv2.CAP_PROP_FPS)
         announced = capture.get(cv2.CAP_PROP_FRAME_COUNT)
     if not opened:
@@ -376,9 +379,9 @@ def _video(path: Path, size: Size | None) -> Clip:
         with _capture(path) as source:
             for number in range(length if stop is None else stop):
                 if number < start:  # seeking by number is not exact in every container; grabbing is
-                    source.grab()
+                    _grab(source, path)
                     continue
-                got, image = source.read()
+                got, image = _read(source, path)
                 if not got:
                     raise MediaError(f"{path} ends after {number} of {length} frames: open it again")
                 yield _to_rgb(_fit(image, size))
@@ -392,19 +395,38 @@ def _count_frames(path: Path, announced: int) -> int:
         with _capture(path) as capture:
             capture.set(cv2.CAP_PROP_POS_FRAMES, announced - 1)
             there = int(capture.get(cv2.CAP_PROP_POS_FRAMES)) == announced - 1
-            if there and capture.grab() and not capture.grab():
+            if there and _grab(capture, path) and not _grab(capture, path):
                 return announced
     with _capture(path) as capture:
         count = 0
-        while capture.grab():
+        while _grab(capture, path):
             count += 1
     return count
 
 
+def _read(capture: cv2.VideoCapture, path: Path) -> tuple[bool, Any]:
+    """The next frame as OpenCV gives it; (False, None) at the end."""
+    return capture.retrieve() if _grab(capture, path) else (False, None)
+
+
+def _grab(capture: cv2.VideoCapture, path: Path) -> bool:
+    """Go on to the next frame; False at the end."""
+    started = time.monotonic()
+    with _quiet():
+        found = capture.grab()
+    if not found and time.monotonic() - started >= PATIENCE:
+        raise MediaError(f"{path}: a search of {PATIENCE:g} seconds found no further frame and no end of the video: "
+                         "re-encode it, or put it on a faster disk")
+    return found
+
+
 @contextlib.contextmanager
 def _capture(source: Path | int) -> Iterator[cv2.VideoCapture]:
+    limits = [n for p in (cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, cv2.CAP_PROP_READ_TIMEOUT_MSEC)
+              for n in (p, round(1000 * PATIENCE))]
     with _quiet():
-        capture = cv2.VideoCapture(source) if isinstance(source, int) else cv2.VideoCapture(str(source), cv2.CAP_FFMPEG)
+        capture = cv2.VideoCapture(source) if isinstance(source, int) else cv2.VideoCapture(
+            str(source), cv2.CAP_FFMPEG, limits)
     try:
         yield capture
     finally:

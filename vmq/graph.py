@@ -499,7 +499,7 @@ def _refuse_unsupported(model: onnx.ModelProto, label: str) -> None:
         if not value.type.HasField("tensor_type"):
             raise ModelError(f"{label}: {value.name} is no tensor; export the model with tensors only")
         kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
-        if kind.kind == "V":          # numpy does not know it by itself: bfloat16, float8, 4 bits
+        if kind.isbuiltin != 1:       # numpy does not know it by itself: bfloat16, float8, 4 bits
             raise ModelError(f"{label}: {value.name} is {kind.name}; export the model in float32")
     for tensor in model.graph.initializer:
         if onnx.external_data_helper.uses_external_data(tensor):
