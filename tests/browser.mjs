@@ -1,4 +1,5 @@
-// Drives the page in headless Chromium for test_web.py: node browser.mjs PLAYWRIGHT CHROMIUM URL FOLDER CAMERA.y4m JOB
+// Drives a page in headless Chromium for test_web.py and test_report.py:
+// node browser.mjs PLAYWRIGHT CHROMIUM URL FOLDER CAMERA.y4m JOB [WORDS]
 // FOLDER is Chromium's profile. What was found goes to stdout as JSON.
 
 import { readFileSync } from "node:fs";
@@ -120,6 +121,94 @@ const jobs = {
             await page.setInputFiles("#model", []);
         }
         return { said };
+    },
+    // A report at each width: whether the page is wider than the window, and what Tab reaches, in order. Each summary
+    // is opened on the way, with Enter and with Space in turn.
+    async report(...widths) {
+        const found = {};
+        for (const width of widths.map(Number)) {
+            await page.setViewportSize({ width, height: 800 });
+            await page.goto(url);
+            const start = page.url(), stops = [];
+            let key = "Enter";
+            for (; ;) {
+                await page.keyboard.press("Tab");
+                const stop = await page.evaluate(() => {
+                    const focused = document.activeElement;
+                    if (focused === document.body) return null;
+                    const { left, right, top, bottom } = focused.getBoundingClientRect();
+                    const around = focused.parentElement.closest(".scroll, ul")?.getBoundingClientRect();
+                    const { outlineStyle, outlineWidth } = getComputedStyle(focused);
+                    const shown = document.elementFromPoint(
+                        (Math.max(left, 0) + Math.min(right, innerWidth)) / 2,
+                        (Math.max(top, 0) + Math.min(bottom, innerHeight)) / 2);
+                    return {
+                        number: [...document.querySelectorAll("*")].indexOf(focused),
+                        name: (focused.getAttribute("aria-label") || focused.textContent).trim().slice(0, 40),
+                        tag: focused.tagName, marked: outlineStyle !== "none" && parseFloat(outlineWidth) >= 2,
+                        seen: focused.contains(shown) && !(left < around?.left - 1 || right > around?.right + 1),
+                    };
+                });
+                if (!stop) break;
+                if (stop.tag === "SUMMARY") {
+                    await page.keyboard.press(key);
+                    stop.opened = await page.evaluate(() => document.activeElement.parentElement.open) && key;
+                    key = key === "Enter" ? "Space" : "Enter";
+                }
+                stops.push(stop);
+            }
+            found[width] = { stops, ...await page.evaluate(() => {
+                const all = [...document.querySelectorAll("*")], scrolls = element => {
+                    const { overflowX, overflowY } = getComputedStyle(element);
+                    return overflowX === "auto" && element.scrollWidth > element.clientWidth
+                        || overflowY === "auto" && element.scrollHeight > element.clientHeight;
+                };
+                return {
+                    wide: document.documentElement.scrollWidth, window: innerWidth,
+                    controls: all.flatMap((e, i) => e.matches("a, button, input, select, summary, [tabindex]") ? [i] : []),
+                    scrolling: all.flatMap((e, i) => scrolls(e) && !e.querySelector("a") ? [i] : []),
+                };
+            }), moved: page.url() !== start };
+        }
+        return found;
+    },
+    // The keys that a report knows: a link, a table that scrolls, a head that sorts, the filter.
+    async keys(width, word) {
+        await page.setViewportSize({ width: Number(width), height: 800 });
+        await page.goto(url);
+        const at = selector => page.evaluate(s => document.activeElement.matches(s), selector);
+        const reach = async selector => {
+            for (let i = 0; i < 200; i++) {
+                await page.keyboard.press("Tab");
+                if (await at(selector)) return;
+            }
+            throw new Error(`Tab does not reach ${selector}`);
+        };
+        const rows = () => page.locator("#tensor-table tbody tr:visible th").allTextContents();
+        await reach("a.skip");
+        await page.keyboard.press("Enter");
+        const skipped = new URL(page.url()).hash;
+        await reach(".scroll:has(#tensor-table)");
+        await page.keyboard.press("End");
+        await page.keyboard.press("ArrowRight");
+        await page.waitForFunction(() => document.activeElement.scrollLeft > 0 && document.activeElement.scrollTop > 0);
+        await reach("#tensor-table th:first-child button");
+        await page.keyboard.press("Enter");
+        const up = await rows();
+        await page.keyboard.press("Space");
+        const down = await rows();
+        for (let i = 0; !await at("#filters input"); i++) {
+            if (i > 9) throw new Error("Shift+Tab does not reach the filter");
+            await page.keyboard.press("Shift+Tab");
+        }
+        await page.keyboard.type(word);
+        const named = await rows();
+        await page.keyboard.press("Control+A");
+        await page.keyboard.press("Delete");
+        await page.keyboard.press("Tab");
+        await page.keyboard.press("ArrowDown");
+        return { skipped, up, down, named, kind: await page.locator("#filters select").first().inputValue(),
+            shown: await text("shown"), left: await rows() };
     },
 };
 

@@ -1,11 +1,13 @@
-"""Packages from npm for the tests of the page and of the JavaScript example; kept in out/npm between runs."""
+"""What tests of pages and of the JavaScript example need: packages from npm, kept in out/npm, and Chromium."""
 
 from __future__ import annotations
 
 import fcntl
+import json
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,3 +37,27 @@ def package(name: str) -> Path:
             if done.returncode:
                 pytest.skip(f"npm cannot install {name}: {(done.stderr or done.stdout).strip()[-200:]}")
     return folder
+
+
+def chromium() -> str:
+    """Chromium or Chrome; skips the test where there is none."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("chromium is not installed")
+    return found
+
+
+def browse(url: str, folder: Path, *words: object) -> dict[str, Any]:
+    """What a job of browser.mjs found on a page.
+
+    Args:
+        url: of the page.
+        folder: for Chromium's profile; camera.y4m in it is what a camera gives.
+        words: the job, and what it takes.
+    """
+    done = subprocess.run([node(), str(ROOT / "tests" / "browser.mjs"), str(package("playwright-core")), chromium(),
+                           url, str(folder / "profile"), str(folder / "camera.y4m"), *map(str, words)],
+                          capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found

@@ -3,20 +3,24 @@
 Commands are the indented blocks and the ```sh blocks of README.md and docs/. Those of one document are one story:
 they run in order, in one folder, on a network of a few thousand multiply-adds and clips of a few frames that bear the
 names the document uses; what one command writes the next one reads. What cannot run here stands in NOT_RUN, with the
-test that does run it or the reason. A command that nothing here knows fails.
+test that does run it or the reason. A command that nothing here knows fails. Arguments of tools/ are parsed, also where
+a sentence names them.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import re
+import runpy
 import shlex
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 import cv2
 import numpy as np
@@ -100,11 +104,60 @@ def test_commands(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
             if words[0] == "vmq":
                 vmq.cli._parser().parse_args(words[1:])          # exits, and so fails, if it does not parse
             elif words[0].startswith("tools/"):
-                assert (ROOT / words[0]).stat().st_mode & 0o100, f"{words[0]} is no program"
+                _parse(words)
             if not (reason := _not_run(part)):
                 _run(words, compiled, capsys)
             elif test := re.match(r"(tests/\w+\.py)(?:::(\w+))?", reason):
                 assert f"def {test[2] or 'test_'}" in (ROOT / test[1]).read_text(encoding="utf-8")
+
+
+SENTENCES = sorted({" ".join(words.split()) for page in PAGES for words in re.findall(
+    r"`(tools/\w+\s[^`]+)`", FENCE.sub("", page.read_text(encoding="utf-8")))})
+
+
+@pytest.mark.parametrize("command", SENTENCES)
+def test_tools_in_sentences(command: str) -> None:
+    _parse(shlex.split(command))
+
+
+def test_an_option_that_a_tool_does_not_have_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["tools/check_qnn", "a.onnx", "--cpu", "max"], ["tools/networks", "--calibration", "b/"],
+                  ["tools/check_versions", "--ends", "middle"], ["tools/pictures", "a.onnx"]):
+        with pytest.raises(SystemExit):
+            _parse(words)
+        assert "error: " in capsys.readouterr().err
+    for words in (["tools/check_versions", "-k", "states"], ["tools/kill_test", "a.onnx", "--bits", "4"]):
+        _parse(words)                                            # the rest goes to pytest, and to vmq compile
+
+
+def _parse(words: list[str]) -> None:
+    """Start a program of tools/ on its arguments, up to where it has parsed them; exits, and so fails, if it cannot."""
+    wrapper = ROOT / words[0]
+    assert wrapper.stat().st_mode & 0o100, f"{words[0]} is no program"
+    runs = re.search(r'(tools/\w+\.py)"?((?: \w+)*) "\$@"$', wrapper.read_text(encoding="utf-8"), re.MULTILINE)
+    if runs is None:
+        return                                                   # written in bash, without options
+
+    class Parsed(BaseException):
+        pass
+
+    def ending(parse: Callable[..., object]) -> Callable[..., NoReturn]:
+        def parse_and_end(*args: object) -> NoReturn:
+            for name, method in methods.items():                 # one calls the other
+                patch.setattr(argparse.ArgumentParser, name, method)
+            parse(*args)
+            raise Parsed
+
+        return parse_and_end
+
+    methods = {name: getattr(argparse.ArgumentParser, name) for name in ("parse_args", "parse_known_args")}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, method in methods.items():
+            patch.setattr(argparse.ArgumentParser, name, ending(method))
+        patch.setattr(sys, "argv", [words[0], *runs[2].split(), *words[1:]])
+        patch.setattr(sys, "path", [str(ROOT / "tools"), *sys.path])
+        with pytest.raises(Parsed):
+            runpy.run_path(str(ROOT / runs[1]), run_name="__main__")
 
 
 def _not_run(command: str) -> str:

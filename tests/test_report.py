@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
+import cv2
 import numpy as np
 import pytest
 from compiling import clips, network
+from node_packages import browse, chromium
 from tiny_matting import save_pictures
 from tiny_recurrent import read
 
@@ -22,11 +24,9 @@ from vmq.compare import MOST, compare_dumps
 from vmq.graph import Graph
 from vmq.loop_error import measure_loop
 from vmq.report import Inspection, inspect_dump
-from vmq.report_html import report_page
+from vmq.report_html import comparison_page, report_page
 from vmq.runtime import Session
 from vmq.tensors import BINS, measure_tensors
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -336,6 +336,9 @@ def test_a_renamed_model_with_other_bits(dump: Path, tmp_path: Path, capsys: pyt
     found = Page(page.read_text(encoding="utf-8"))
     assert {"settings", "pipeline", "time", "better", "worse", "tensors"} <= set(found.ids)
     assert json.loads(page.read_text().partition('id="data">')[2].partition("</script>")[0]) == said
+    rows = page.read_text().partition('id="pipeline"')[2].partition("</table>")[0]
+    assert [p["name"] for p in said["passes"] if f">{p['name']}</th>" in rows] == [
+        p["name"] for p in said["passes"] if p["alpha_MAD"] != [None, None]]
 
 
 def test_what_cannot_be_compared(dump: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -430,20 +433,83 @@ def test_the_command_writes_page_and_json(dump: Path, tmp_path: Path, capsys: py
     assert "there is no folder" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-def test_a_browser_shows_it_without_complaints(page: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def comparison(dump: Path, faulty_dump: Path) -> str:
+    return comparison_page(compare_dumps(dump, faulty_dump))
+
+
+@pytest.mark.parametrize("kind", ["page", "comparison"])
+def test_a_browser_shows_it_at_any_width_and_by_keyboard(kind: str, request: pytest.FixtureRequest,
+                                                         tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(request.getfixturevalue(kind), encoding="utf-8")
+    found = browse((tmp_path / "page.html").as_uri(), tmp_path, "report", 1280, 390)
+    assert found["complaints"] == []
+    assert found["foreign"] == []
+    for width in ("1280", "390"):
+        here = found[width]
+        assert here["wide"] <= here["window"] == int(width)
+        assert [s["number"] for s in here["stops"]] == here["controls"]     # all, in the order of the page
+        assert set(here["scrolling"]) <= set(here["controls"])
+        assert [s["name"] for s in here["stops"] if not s["marked"] or not s["seen"]] == []
+        assert not here["moved"]
+        scrolling = {s["name"] for s in here["stops"] if s["number"] in here["scrolling"]}
+        assert not scrolling & {"Passes", "Values", "Tensors of the worst closure"}      # these fit, on a phone too
+    opened = [s["opened"] for width in ("1280", "390") for s in found[width]["stops"] if s["tag"] == "SUMMARY"]
+    assert set(opened) == ({"Enter", "Space"} if kind == "page" else set())
+
+
+def test_a_report_does_what_its_keys_say(page: str, seen: Inspection, tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text(page, encoding="utf-8")
-    done = run_browser(tmp_path)
-    assert "CONSOLE" not in done.stderr
-    rows = page.count("<tr data-text")
-    assert f"{rows} of {rows} shown" in done.stdout               # the script ran
+    found = browse((tmp_path / "page.html").as_uri(), tmp_path, "keys", 390, "w0_aligned")
+    names = [t.name for t in seen.tensors]
+    assert found["skipped"] == "#pictures"
+    assert sorted(found["up"]) == sorted(names)
+    assert found["up"] == found["down"][::-1] != names
+    assert found["named"] == ["w0_aligned"]
+    kinds = {t.name: t.kind for t in seen.tensors}
+    assert found["kind"] == "activation"
+    assert found["left"] == [n for n in found["down"] if kinds[n] == "activation"]
+    assert found["shown"] == f"{len(found['left'])} of {len(names)} shown"
+    assert found["complaints"] == []
+    assert found["foreign"] == []
 
 
-def run_browser(folder: Path) -> Any:
-    """Let Chromium load folder/page.html and print what became of it."""
-    return subprocess.run(
-        [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr",
-         "--timeout=20000", "--dump-dom", (folder / "page.html").as_uri()],
-        capture_output=True, text=True, timeout=120, check=True)
+# -------------------------------------------------------------------------------------------------- its pictures
+
+SMALL = """<!DOCTYPE html><style>body { margin: 0; background: rgb(0, 0, 200) }
+p { margin: 0; height: 100vh; box-sizing: border-box; border: 4px solid rgb(0, 95, 0) }
+@media (max-width: 390px) { p { background: rgb(200, 0, 0) } }</style><p></p><p></p>"""
+
+
+@pytest.fixture
+def screenshots(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    chromium()
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "tools")
+    return importlib.import_module("screenshots")
+
+
+def test_screenshots_are_of_their_widths(screenshots: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(SMALL)
+    assert screenshots.main([str(tmp_path / "page.html"), str(tmp_path)]) == 0
+    for width, height, inside in ((1280, screenshots.SHOWN[1280], (0, 0, 200)),
+                                  (390, screenshots.SHOWN[390], (200, 0, 0))):
+        picture = cv2.imread(str(tmp_path / f"report-{width}.png"))[..., ::-1]
+        assert picture.shape == (height, width, 3)
+        assert (picture[4:-4, 4:-4] == inside).all()
+        for edge in (picture[:4], picture[-4:], picture[:, :4], picture[:, -4:]):
+            assert (edge == (0, 95, 0)).all()
+
+
+def test_screenshots_of_a_dump(screenshots: ModuleType, dump: Path, page: str, seen: Inspection, tmp_path: Path,
+                               monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "page.html").write_text(page, encoding="utf-8")
+    assert screenshots.main([str(tmp_path / "page.html"), str(tmp_path)]) == 0
+    first = [(tmp_path / f"report-{width}.png").read_bytes() for width in (1280, 390)]
+    monkeypatch.setattr(screenshots, "inspect_dump", lambda folder, *, with_blame: {(dump, True): seen}[
+        folder, with_blame])
+    assert screenshots.main([str(dump), str(tmp_path)]) == 0
+    assert [(tmp_path / f"report-{width}.png").read_bytes() for width in (1280, 390)] == first
+    assert screenshots.main([str(tmp_path / "none.html"), str(tmp_path)]) == 2
+    assert "none.html is not there; give a dump" in capsys.readouterr().err
+    assert screenshots.main([str(tmp_path / "page.html"), str(tmp_path / "none")]) == 2
+    assert "there is no folder" in capsys.readouterr().err

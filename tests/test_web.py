@@ -21,7 +21,7 @@ import onnx
 import pytest
 import tiny_matting
 from compiling import clips, network
-from node_packages import ROOT, node, package
+from node_packages import ROOT, browse, node
 from numpy.typing import NDArray
 
 import vmq
@@ -179,21 +179,11 @@ class Browser:
 
     def __init__(self, folder: Path, server: http.server.ThreadingHTTPServer) -> None:
         self.folder, self.server = folder, server
-        chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-        if chromium is None:
-            pytest.skip("chromium is not installed")
         _write_y4m(folder / "camera.y4m", list(clips(1, frames=6)[0].frames()))
-        self.command = [node(), str(ROOT / "tests" / "browser.mjs"), str(package("playwright-core")), chromium,
-                        f"http://127.0.0.1:{server.server_address[1]}/", str(folder / "profile"),
-                        str(folder / "camera.y4m")]
 
     def __call__(self, *words: object) -> dict[str, Any]:
         """What a job found."""
-        done = subprocess.run([*self.command, *map(str, words)], capture_output=True, text=True, check=False,
-                              timeout=600)
-        assert done.returncode == 0, done.stderr
-        found: dict[str, Any] = json.loads(done.stdout)
-        return found
+        return browse(f"http://127.0.0.1:{self.server.server_address[1]}/", self.folder, *words)
 
     def alpha(self, model: Path, frames: Sequence[NDArray[np.uint8]]) -> dict[str, Any]:
         """The page's alpha for every frame of a clip, [T,H,W], and what else it said."""

@@ -53,13 +53,16 @@ def comparison_page(seen: Comparison) -> str:
     most = max([v for _, *both in seen.passes for v in both if v is not None], default=0.0) or 1.0
     rows = []
     for name, *both in seen.passes:
+        if both == [None, None]:
+            continue
         bars = "".join(f'<span class="bar{" second" if i else ""}" style="width:{max(0.3, 100 * v / most):.1f}%">'
                        "</span>" for i, v in enumerate(both) if v is not None)
         rows.append(f'<tr><th scope="row" class="name short">{_e(name)}</th>{_cell(both[0], 3)}{_cell(both[1], 3)}'
                     f'<td class="wide">{bars}</td></tr>')
     table = ('<table><thead><tr><th>pass</th><th class="n">A</th><th class="n">B</th><th><span aria-hidden="true">error'
              f'</span></th></tr></thead><tbody>{"".join(rows)}</tbody></table>')
-    passes = ("<p>Error of alpha after each pass: mean |alpha − float alpha| × 10³. A is blue, B orange.</p>"
+    passes = ("<p>Error of alpha after each pass that changed one of them: mean |alpha − float alpha| × 10³. A is "
+              "blue, B orange.</p>"
               + _scroll("Passes", table))
     settings = listing((k, f"{said(a)} → {said(b)}") for k, (a, b) in seen.settings.items()) \
         if seen.settings else "<p>None.</p>"
@@ -77,13 +80,12 @@ def _changes(rows: Sequence[Change]) -> str:
     if not rows:
         return "<p>None.</p>"
     body = [f'<tr><th scope="row" class="name" data-v="{_e(c.name)}">{_e(c.name)}</th>'
-            f'<td data-v="{c.kind}">{c.kind}</td>{_cell(c.bits[0])}{_cell(c.bits[1])}'
-            f"{_cell(c.before, 1)}{_cell(c.after, 1)}"
             f'<td class="n {"better" if c.gain > 0 else "worse" if c.gain < 0 else ""}" data-v="{c.gain:.6g}">'
-            f"{c.gain:+.1f}</td></tr>" for c in rows]
+            f"{c.gain:+.1f}</td>{_cell(c.before, 1)}{_cell(c.after, 1)}{_cell(c.bits[0])}{_cell(c.bits[1])}"
+            f'<td data-v="{c.kind}">{c.kind}</td></tr>' for c in rows]
     return _scroll("Tensors that changed", _table(
-        [("tensor", False), ("kind", False), ("bits A", True), ("bits B", True), ("SQNR A", True), ("SQNR B", True),
-         ("change dB", True)], body, 'class="tensors"'), tall=len(body) > 12)
+        [("tensor", False), ("change dB", True), ("SQNR A", True), ("SQNR B", True), ("bits A", True),
+         ("bits B", True), ("kind", False)], body, 'class="tensors"'), tall=len(body) > 12)
 
 
 def page(title: str, head: str, sections: Sequence[tuple[str, str, str]], data: str = "") -> str:
@@ -187,15 +189,16 @@ def _pipeline(seen: Inspection) -> str:
         over = before is not None and known and score > 1.05 * before and score - before > 0.05
         bar = f'<span class="bar{" over" if over else ""}" style="width:{max(0.3, 100 * score / most):.1f}%"></span>' \
             if known else ""
-        rows.append(f'<tr><th scope="row" class="name short">{_e(entry["name"])}</th>'
-                    f'<td class="n">{entry["modified"] or ""}</td><td class="n">{entry["seconds"]:.1f}</td>'
-                    f'<td class="n">{f"{score:.3f}" if known else ""}</td><td class="wide">{bar}</td></tr>')
+        rows.append(f'<tr{"" if entry["modified"] else " class=idle"}><th scope="row" class="name short">'
+                    f'{_e(entry["name"])}</th><td class="n">{f"{score:.3f}" if known else ""}</td>'
+                    f'<td class="wide">{bar}</td><td class="n">{entry["modified"] or ""}</td>'
+                    f'<td class="n">{entry["seconds"]:.1f}</td></tr>')
         calibrated = calibrated or entry["name"] == UNCALIBRATED
         before = score if known and calibrated else before
     return f"""<p>What each pass changed, and the error of alpha after it: mean |alpha − float alpha| × 10³ over the
 first probe frames, each model running on its own states. A red bar is a pass that made it worse.</p>
-{_scroll("Passes", f'''<table><thead><tr><th>pass</th><th class="n">changes</th><th class="n">seconds</th>
-<th class="n">alpha MAD</th><th><span aria-hidden="true">error</span></th></tr></thead>
+{_scroll("Passes", f'''<table><thead><tr><th>pass</th><th class="n">alpha MAD</th>
+<th><span aria-hidden="true">error</span></th><th class="n">changes</th><th class="n">seconds</th></tr></thead>
 <tbody>{"".join(rows)}</tbody></table>''')}"""
 
 
@@ -221,19 +224,19 @@ def _closures(seen: Inspection) -> str:
                                          block.bits, "×".join(map(str, block.shape)))))
         items.append(f'<li><div class="who"><span>{_e(block.name)}{states} <span class="quiet">{_e(block.label)}</span>'
                      f'</span><small>{_e(about)}</small></div><div class="meter">{meter}</div></li>')
-    heads = [("closure", False), ("layers", True), ("bits", False), ("SQNR dB", True)]
+    heads: list[tuple[str, bool | None]] = [("closure", False)]
     if blame:
         heads += [("gain", True), ("cost", True)]
+    heads += [("SQNR dB", True), ("bits", False), ("layers", True)]
     chosen = {c["name"]: c for c in seen.chosen.get("closures", [])}
     widths = list(dict.fromkeys(w for c in chosen.values() for w, moved in c["sensitivity"].items() if moved))
     if chosen:
         heads += [("chosen", False), *((f"at {w}", True) for w in widths)]
     rows = []
     for block in seen.blocks:
-        cells = [_cell(len(block.layers)), f'<td data-v="{_e(block.bits)}">{_e(block.bits)}</td>',
-                 _cell(block.sqnr_db, 1)]
-        if blame:
-            cells += [_cell(blame[block.name].gain, 3), _cell(blame[block.name].cost, 3)]
+        cells = [_cell(blame[block.name].gain, 3), _cell(blame[block.name].cost, 3)] if blame else []
+        cells += [_cell(block.sqnr_db, 1), f'<td data-v="{_e(block.bits)}">{_e(block.bits)}</td>',
+                  _cell(len(block.layers))]
         if chosen:
             mine = chosen.get(block.name, {"bits": "", "sensitivity": {}})
             cells += [f'<td data-v="{mine["bits"]}">{mine["bits"]}</td>',

@@ -1,5 +1,8 @@
 "use strict";
 // Sorting and filtering of the tables; everything is readable without it.
+// Tab brings what it reaches into view, but leaves it where a part of it shows: bring all of it.
+document.addEventListener("focusin", ({ target }) =>
+  target.closest("th, nav a")?.scrollIntoView({ block: "nearest", inline: "nearest" }));
 for (const table of document.querySelectorAll("table[data-sortable]")) {
   const body = table.tBodies[0];
   const heads = [...table.tHead.rows[0].cells];
