@@ -253,7 +253,7 @@ def test_16_frames_at_most_are_measured_and_clips_begin_anew(monkeypatch: pytest
     calls = []
     step, reset = Session.step, Session.reset
     monkeypatch.setattr(Session, "step", lambda self, frame: calls.append("step") or step(self, frame))
-    monkeypatch.setattr(Session, "reset", lambda self: calls.append("reset") or reset(self))
+    monkeypatch.setattr(Session, "reset", lambda self, *alpha: calls.append("reset") or reset(self, *alpha))
     for count, frames in ((1, 20), (2, 20), (9, 20), (1, 3)):
         calls.clear()
         equalize(high(), clips(count, frames, (40, 40)))

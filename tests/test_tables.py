@@ -329,6 +329,9 @@ def test_footage_is_made_once_without_loss(tmp_path: Path) -> None:
     made = footage.resized(given, (16, 24), tmp_path / "made")
     assert made.ready() == made.ready()
     assert [(clip.size, len(clip)) for clip in open_clips(made.ready())] == [((16, 24), 20)] * 2
+    tiny.save_pictures(tmp_path / "plain", first)
+    plain = footage.resized(footage.Given([tmp_path / "plain"]), (16, 24), tmp_path / "made")
+    assert [(clip.size, len(clip), clip.has_alpha) for clip in open_clips(plain.ready())] == [((16, 24), 20, False)]
     tiny.save_pictures(tmp_path / "given" / "c" / "com", first[:1])
     assert footage.resized(footage.Given([tmp_path / "given"]), (16, 24), tmp_path / "made").key != made.key
 

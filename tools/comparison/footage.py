@@ -133,12 +133,11 @@ def digest(content: bytes) -> str:
 def _write(clip: Clip, folder: Path) -> None:
     """A clip as CLIP/com and CLIP/pha, or as a folder of frames where it has no alpha."""
     alpha = clip.alpha()
-    for name, frames in (("com" if alpha else "", clip.frames()), ("pha", alpha or iter(()))):
-        if name or alpha is None:
-            folder.mkdir(parents=True, exist_ok=True)
-            with open_writer(folder / name, clip.fps, clip.size) as writer:
-                for frame in frames:
-                    writer.write(frame)
+    for name, frames in {"": clip.frames()}.items() if alpha is None else {"com": clip.frames(), "pha": alpha}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        with open_writer(folder / name, clip.fps, clip.size) as writer:
+            for frame in frames:
+                writer.write(frame)
 
 
 # ------------------------------------------------------------------------------------------------------- stills

@@ -57,7 +57,8 @@ def _lines(bench: Bench, table: Table, missing: list[str]) -> Iterator[list[str]
                 jobs: dict[int, Job | None] = {0: None}
                 if row.recipe:
                     jobs = {seed: bench.job(row, effort, seed) for seed in rows.SEEDS[effort]}
-                if not any(bench.scored(job, label) or (job and bench.compiled(job)) for job in jobs.values()):
+                if not any(bench.scored(job, label) or (job and "error" in (bench.compiled(job) or {}))
+                           for job in jobs.values()):
                     missing.append(f"{shown} {effort}" if row.recipe else shown)
                     continue
                 yield _line(bench, table, row, shown, effort, list(jobs.values()), label)
