@@ -129,7 +129,7 @@ def _ranges(graph: Graph, context: Context, names: Iterable[str]) -> dict[str, N
     sums: dict[str, NDArray[np.float64]] = {}
     clips = list(context.clips)[::max(1, len(context.clips) // 4)][:4]
     for clip in clips:
-        session.reset(clip.first_alpha())
+        session.reset(session.told(clip))
         for index, frame in enumerate(clip.frames(0, WARM_UP + FRAMES // len(clips))):
             outputs = session.step(frame)
             if index < min(WARM_UP, len(clip) - 1):

@@ -283,7 +283,7 @@ class _Calibration:
         goals = []
         for clip in (c.part(0, min(len(c), length)) for c in processes.mine(clips)):
             truth = clip.alpha() if self.recipe.teacher == "alpha" else None
-            goals.append((clip, [a.copy() for a in teacher.alphas(clip.frames(), clip.first_alpha())] if truth is None
+            goals.append((clip, [a.copy() for a in teacher.alphas(clip.frames(), teacher.told(clip))] if truth is None
                           else [(t / np.float32(255.0)).astype(np.float32) for t in truth]))
         return goals
 
@@ -300,7 +300,7 @@ class _Calibration:
                 self.shadow.parameter(name).copy_(value)
         session = Session(self.graph, pairs=self.context.options.pairs)
         errors = [np.mean([np.abs(a - t).mean() for a, t in zip(
-            session.alphas(clip.frames(), clip.first_alpha()), goal, strict=True)]) for clip, goal in goals]
+            session.alphas(clip.frames(), session.told(clip)), goal, strict=True)]) for clip, goal in goals]
         return 1e3 * float(np.mean(processes.together(errors)))
 
     def _held(self) -> dict[str, Tensor]:

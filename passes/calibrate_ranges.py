@@ -162,7 +162,7 @@ def _observe(reference: Graph, names: list[str], context: Context, samples: int)
 
     def watch(number: int) -> dict[str, _Seen]:
         seen = {name: _Seen(per_frame) for name in names}
-        session.reset(context.clips[number].first_alpha())
+        session.reset(session.told(context.clips[number]))
         for place, frame in enumerate(context.clips[number].frames(), int(starts[number])):
             fed = session.feeds(frame)
             outputs = session.step(frame)

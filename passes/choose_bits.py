@@ -195,7 +195,7 @@ class _Search:
     def _alphas(self, trial: Graph) -> Iterator[NDArray[np.float32]]:
         session = Session(trial)
         for clip in self.clips:
-            yield from session.alphas(clip.frames(), clip.first_alpha())
+            yield from session.alphas(clip.frames(), session.told(clip))
 
     def _cost(self, trial: Graph) -> int:
         if self.budget.of == "size":

@@ -88,7 +88,7 @@ def _mean_errors(graph: Graph, reference: Graph, context: Context) -> dict[str, 
     def compare(number: int) -> list[dict[str, NDArray[np.float64]]]:
         """The errors of each measured frame of a clip."""
         clip, found = context.clips[number], []
-        exact.reset(clip.first_alpha())
+        exact.reset(exact.told(clip))
         for index, frame in enumerate(clip.frames(0, min(len(clip), WARM_UP + frames))):
             fed = exact.feeds(frame)
             outputs = exact.step(frame)

@@ -230,7 +230,7 @@ def _offsets(graph: Graph, names: Sequence[str], context: Context) -> list[Array
     frames: dict[str, list[NDArray[Any]]] = {name: [] for name in names}      # mean, mean square, min, max of each
     counts = dict.fromkeys(names, 0)
     for number, clip in enumerate(clips):
-        session.reset(clip.first_alpha())
+        session.reset(session.told(clip))
         for frame in clip.frames(0, min(len(clip), FRAMES // len(clips))):
             outputs = session.step(frame)
             for name in names:

@@ -83,8 +83,9 @@ def _same_bits(before: Graph, after: Graph, context: Context, *, optimize: bool,
     With `rounding`, each frame begins with the same states, and outputs may differ by so much of their largest value.
     """
     clip = context.clips[0]
-    one, other = (Session(g, optimize=optimize, pairs=context.options.pairs, first_alpha=clip.first_alpha())
-                  for g in (before, after))
+    one, other = (Session(g, optimize=optimize, pairs=context.options.pairs) for g in (before, after))
+    for session in (one, other):
+        session.reset(session.told(clip))
     for index, frame in enumerate(clip.frames(0, EXACT_FRAMES)):
         if rounding:
             other.state = dict(one.state)
@@ -101,7 +102,8 @@ def _same_bits(before: Graph, after: Graph, context: Context, *, optimize: bool,
 def _differing(graph: Graph, context: Context) -> float:
     """Share of 8-bit alpha values that the optimized run gives differently, states fed from the plain run."""
     clip = context.clips[0]
-    plain, optimized = Session(graph, optimize=False, first_alpha=clip.first_alpha()), Session(graph)
+    plain, optimized = Session(graph, optimize=False), Session(graph)
+    plain.reset(plain.told(clip))
     differing = total = 0
     for frame in clip.frames(0, EXACT_FRAMES):
         optimized.state = dict(plain.state)
@@ -144,8 +146,8 @@ def _loops(graph: Graph, reference: Graph, context: Context) -> tuple[dict[str, 
 
 def _with_reference(clip: Clip, exact: Session, closed: Session, loose: Session) -> Iterator[tuple[Any, Any]]:
     """Frames with the reference's alpha; `loose` is given the reference's state before each."""
-    exact.reset(clip.first_alpha())
-    closed.reset(clip.first_alpha())
+    exact.reset(exact.told(clip))
+    closed.reset(closed.told(clip))
     for frame in clip.frames():
         loose.state = loose.encode(exact.state)
         yield frame, exact.alpha_of(exact.step(frame))

@@ -10,7 +10,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from compiling import SIZE, clips
+from compiling import SIZE, clips, run_to
 from tiny_matting import save_pictures
 from tiny_recurrent import read
 
@@ -18,6 +18,7 @@ import vmq
 from vmq.cli import main
 from vmq.errors import MediaError, ModelError
 from vmq.graph import Graph
+from vmq.recipe import Recipe
 from vmq.report import inspect_dump
 from vmq.runtime import FIRST_ALPHA_KEY, Session
 from vmq.shadow import Shadow
@@ -148,3 +149,15 @@ def test_models_that_are_not_told(footage: Path, tmp_path: Path, capsys: pytest.
     assert main(["run", str(tmp_path / "float.onnx"), str(clip), "--first-alpha", str(clip / "pha" / "0000.png"),
                  "-o", str(tmp_path / "out")]) == 2
     assert "is not told whom to follow; leave --first-alpha out" in capsys.readouterr().err
+
+
+def test_it_is_not_read_where_no_model_is_told_it() -> None:
+    def read(start: int, stop: int | None) -> Any:
+        raise MediaError(f"read from {start} to {stop}")
+
+    clip, graph = dataclasses.replace(clips()[0], read_alpha=read), network()
+    with pytest.raises(MediaError, match="read from 0 to 1"):
+        run_to("calibrate_ranges", graph, footage=[clip])
+    graph = network()
+    del graph.metadata[FIRST_ALPHA_KEY]
+    run_to("verify", graph, footage=[clip], recipe=Recipe.load("mse"))

@@ -112,7 +112,7 @@ def _run(path: Path, models: Sequence[tuple[str, Path]], most: int | None) -> tu
     clip, found = clips[0], []
     for session in sessions:
         set_ratio(session, clip.size, None)
-        found.append(np.stack([to_uint8(alpha) for alpha in session.alphas(clip.frames(0, most), clip.first_alpha())]))
+        found.append(np.stack([to_uint8(alpha) for alpha in session.alphas(clip.frames(0, most), session.told(clip))]))
     return clip, found
 
 

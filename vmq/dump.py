@@ -4,7 +4,7 @@
     DIR/NN_pass.onnx, .txt, .diff   the graph after pass NN, as text, and what changed in the text
     DIR/NN_pass.json                the pass's report: changes, notes, seconds
     DIR/probe.npz                   a few calibration frames (uint8 [T,3,H,W]), to score every dump with, and the first
-                                    one's alpha (uint8 [H,W]), if it is known
+                                    one's alpha (uint8 [H,W]), if the model is told it
     DIR/pipeline.json               options, versions (of the model: a hash), passes, timings, and the files above
     DIR/NN_pass.failed.onnx, .json  on failure: the graph the pass was given, the error, how to run it again
 
@@ -32,6 +32,7 @@ from vmq import __version__
 from vmq.errors import OutputError
 from vmq.graph import Graph, write_atomic
 from vmq.pipeline import Context, Observer, Pass, PassResult
+from vmq.runtime import FIRST_ALPHA_KEY
 from vmq.text import diff_graphs, format_graph
 
 PROBE_FRAMES = 32
@@ -103,7 +104,7 @@ class Dump(Observer):
         if clips:
             frames = np.stack(list(islice(clips[0].frames(), PROBE_FRAMES)))
             probe = io.BytesIO()
-            alpha = clips[0].first_alpha()
+            alpha = clips[0].first_alpha() if FIRST_ALPHA_KEY in graph.metadata else None
             known: dict[str, Any] = {} if alpha is None else {"first_alpha": alpha}
             np.savez_compressed(probe, frames=frames, **known)
             self._write("probe.npz", probe.getvalue())

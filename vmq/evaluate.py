@@ -161,7 +161,7 @@ class _Counter:
 def _mattes(session: Session, clip: Clip, ratio: float | None, progress: _Counter) -> _Mattes:
     set_ratio(session, clip.size, ratio)
     mattes = _Mattes()
-    for alpha in session.alphas(clip.frames(), clip.first_alpha()):
+    for alpha in session.alphas(clip.frames(), session.told(clip)):
         mattes.append(to_uint8(alpha))
         progress.step(f"{session.label} on {clip.name}")
     return mattes

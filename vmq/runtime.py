@@ -153,6 +153,10 @@ class Session:
         self.state: dict[str, Array] = self.encode(state)
         self._first = self.state
 
+    def told(self, clip: Clip) -> NDArray[np.uint8] | None:
+        """A clip's first alpha for `reset`, if the model is told it and it is known; else None, and nothing is read."""
+        return clip.first_alpha() if self.first_alpha_input is not None else None
+
     def encode(self, state: Mapping[str, Array]) -> dict[str, Array]:
         """States of another model of the same network as this one takes them: quantized, if here and not there."""
         return {name: quantize(values, *self._grids[name], _STATE).astype(np.uint8)
