@@ -22,10 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import DisjointSet
 
+from passes.limit_weights import LARGEST, ROOM, pair_reach
 from vmq import processes
 from vmq.errors import PassError
 from vmq.graph import Constant, Graph
-from vmq.layers import float_source
+from vmq.layers import float_source, summed_pairs
 from vmq.pipeline import Context, Pass, PassResult
 from vmq.quant import FUNCTIONS, search_range, search_weight_scale
 from vmq.runtime import Session
@@ -68,7 +69,7 @@ class CalibrateRanges(Pass):
         if missing:
             ranges.observed |= _observe(context.reference, missing, context, recipe.samples)
 
-        limits = context.options.target.weight_range
+        pairs = context.options.target.adds_pairs
         def key(nodes: list[Any]) -> tuple[Any, ...]:
             reader, spec = _reader(nodes[0]), QuantSpec.of(nodes[0].inputs[2].dtype, nodes[0].attrs.get("axis"))
             return (spec, *(called.get(id(n), sources[id(n)].name) for n in nodes),
@@ -78,8 +79,12 @@ class CalibrateRanges(Pass):
             node = nodes[0]
             source, spec, reader = sources[id(node)], key(nodes)[0], _reader(node)
             if spec.signed:
-                scale = search_weight_scale(np.asarray(source.values), spec, norm=recipe.range_norm,
-                                            steps=recipe.range_steps, limits=limits if spec.bits == 8 else None)
+                weight, eight = np.asarray(source.values), spec.bits == 8
+                scale = search_weight_scale(weight, spec, norm=recipe.range_norm, steps=recipe.range_steps,
+                                            limits=(-LARGEST, LARGEST) if eight else None)
+                for layer in (r for d in node.outputs[0].outputs for r in d.outputs[0].outputs if eight and pairs):
+                    if (added := summed_pairs(layer)) is not None:
+                        scale = np.maximum(scale, pair_reach(weight, added) / ROOM)
                 return _short(scale), np.zeros(scale.shape, spec.dtype)
             seen = [_Seen.of_constant(s) if isinstance(s, Constant) else ranges.observed[called[k]] for k, s in {
                 id(n): sources[id(n)] for n in nodes}.items()]

@@ -103,7 +103,7 @@ def test_others_stay(options: dict[str, Any]) -> None:
     assert graph.to_bytes() == before
 
 
-@pytest.mark.parametrize("target", ["qnn", "openvino", "cpu-avx2"])
+@pytest.mark.parametrize("target", ["qnn", "openvino"])
 def test_targets_without_such_kernels_are_left_alone(target: str) -> None:
     graph = network()
     context = Context(Options(bits=Bits.parse("8"), target=TARGETS[target]))

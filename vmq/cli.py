@@ -270,9 +270,8 @@ def _parser() -> argparse.ArgumentParser:
     _normalization(compile_)
     add("--effort", default="standard", metavar="fast|standard|thorough",
         help="how long it may take: minutes, tens of minutes (default), days")
-    add("--target", default="cpu", metavar="cpu|cpu-avx2|qnn|openvino",
-        help="where the model will run: cpu (default; Arm, and x86 with VNNI), cpu-avx2 (older x86), qnn (Qualcomm's "
-             "HTP), openvino")
+    add("--target", default="cpu", metavar="cpu|qnn|openvino",
+        help="where the model will run: cpu (default; Arm and x86), qnn (Qualcomm's HTP), openvino")
     add("--container", default="", metavar="int4cast|int8|int4",
         help="how 4-bit weights are stored: int4cast (default for cpu), int8 for older runtimes, int4 the textbook "
              "form (default for qnn)")

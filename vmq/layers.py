@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vmq.graph import Constant, Graph
 from vmq.targets import Target
@@ -35,7 +36,25 @@ def weight_axis(node: Any) -> int:
     """The axis of a layer's weight that counts output channels."""
     if node.op == "Conv" or (node.op == "Gemm" and node.attrs.get("transB", 0)):
         return 0
-    return int(np.asarray(node.inputs[1].values).ndim) - 1
+    return len(node.inputs[1].shape) - 1
+
+
+def summed_pairs(node: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+    """Places in a layer's weight, as [outputs, pairs] of its flat indices, whose products a kernel may add in 16 bits.
+
+    These are neighbours in the order in which integer kernels multiply: channels last, from an even one on. Where a
+    tap has an odd number of channels, what lies beside what changes with the layout: then all neighbours are pairs.
+    None for depthwise convolutions, which add one product at a time.
+    """
+    shape = node.inputs[1].shape
+    if node.op == "Conv" and node.attrs.get("group", 1) > 1 and shape[1] == 1:
+        return None
+    places = np.moveaxis(np.arange(np.prod(shape)).reshape(shape), weight_axis(node), 0)
+    if node.op == "Conv":
+        places = np.moveaxis(places, 1, -1)
+    apart = 1 if node.op == "Conv" and shape[1] % 2 and np.prod(shape[2:]) > 1 else 2
+    rows = places.reshape(len(places), -1)
+    return rows[:, :-1:apart], rows[:, 1::apart]
 
 
 def clip_limits(node: Any) -> tuple[float, float] | None:

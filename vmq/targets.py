@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 
 
@@ -36,7 +36,7 @@ class Target:
             taken; None: it stays float.
         saturates: what keeps a 4-bit activation within its 16 levels: "uint8", a Clip of the integers, or "float", a
             Clip of the float value between two Q/DQ pairs.
-        weight_range: smallest and largest integer of 8-bit weights that the target multiplies exactly.
+        adds_pairs: kernels may add two products of 8-bit integers in 16 bits (passes/limit_weights.py).
         containers: how 4-bit weights may be stored, the best first (passes/lower.py says what each is).
     """
 
@@ -51,7 +51,7 @@ class Target:
     integer_layout: bool = False
     saturates: str = "uint8"
     wide: int | None = None
-    weight_range: tuple[int, int] = (-127, 127)
+    adds_pairs: bool = False
 
 
 _LAYERS: Mapping[str, Operands] = MappingProxyType({
@@ -70,14 +70,12 @@ _CPU = Target(
     movers=frozenset({"Split", "Slice", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "MaxPool"}),
     absorbed=frozenset({"Clip", "Relu"}),
     integer_layout=True,
+    adds_pairs=True,
     containers=("int4cast", "int8", "int4"),
 )
 
 TARGETS: Mapping[str, Target] = MappingProxyType({t.name: t for t in (
     _CPU,
-    # x86 without VNNI adds two products in 16 bits: 7 bits of weight keep the sum within. A Resize as a convolution
-    # has weights of its own, of 8.
-    replace(_CPU, name="cpu-avx2", weight_range=(-64, 63), forms=_CPU.forms - {"Resize"}),
     # What the HTP backend of the QNN execution provider (2.7) takes; tools/check_qnn is the judge. Nothing stays float.
     Target(
         name="qnn",
