@@ -4,7 +4,8 @@ The float reference runs over all calibration clips frame after frame with its o
 states are seen as often as they occur. Of every tensor the extremes and a bounded number of samples are kept,
 whatever the number of frames; the range is the one with the smallest mean of |error|^p (vmq/quant.py). Where an
 elementwise function alone reads a tensor (hardswish, sigmoid, ...), the error is that of the function's result.
-Weights get one scale per output channel by the same search.
+Weights get one scale per output channel by the same search, and one with which products are exact
+(passes/limit_weights.py).
 
 Scales are short numbers. Those of tensors that are added to each other, and of their sums, are odd multiples of a
 power of 2, u: no sum lies in the middle between two steps, where kernels round to even on x86 and otherwise on Arm.
@@ -22,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import DisjointSet
 
-from passes.limit_weights import LARGEST, ROOM, pair_reach
+from passes.limit_weights import LARGEST, pair_reach
 from vmq import processes
 from vmq.errors import PassError
 from vmq.graph import Constant, Graph
@@ -84,7 +85,7 @@ class CalibrateRanges(Pass):
                                             limits=(-LARGEST, LARGEST) if eight else None)
                 for layer in (r for d in node.outputs[0].outputs for r in d.outputs[0].outputs if eight and pairs):
                     if (added := summed_pairs(layer)) is not None:
-                        scale = np.maximum(scale, pair_reach(weight, added) / ROOM)
+                        scale = np.maximum(scale, pair_reach(weight, added) / LARGEST)
                 return _short(scale), np.zeros(scale.shape, spec.dtype)
             seen = [_Seen.of_constant(s) if isinstance(s, Constant) else ranges.observed[called[k]] for k, s in {
                 id(n): sources[id(n)] for n in nodes}.items()]
@@ -163,6 +164,7 @@ def _observe(reference: Graph, names: list[str], context: Context, samples: int)
     every = -(-per_frame * total // max(samples, LEAST * FRAMES))
     session = Session(reference, pairs=context.options.pairs, extra=names, device=context.options.device)
     inputs = {v.name for v in reference.inputs}
+    floors = {v.name: floor for v in reference.values() if v.name in set(names) and (floor := _floor(v)) is not None}
     starts = np.cumsum([0, *(len(c) for c in context.clips)])
 
     def watch(number: int) -> dict[str, _Seen]:
@@ -176,12 +178,28 @@ def _observe(reference: Graph, names: list[str], context: Context, samples: int)
                 if not np.isfinite(values).all():
                     raise PassError(f"{name} becomes NaN or infinite in frame {place} of the calibration, in float "
                                     "already; check the model and the clip")
+                if name in floors:
+                    values = np.maximum(values, floors[name])
                 seen[name].add(values, context.options.seed, place, keep=place % every == 0)
             context.progress("running the calibration clips", (place + 1) / total)
         return seen
 
     clips = processes.together([watch(k) for k in processes.mine(range(len(context.clips)))])
     return {name: _Seen.of_all([seen[name] for seen in clips if seen[name].low < np.inf]) for name in names}
+
+
+def _floor(x: Any) -> NDArray[np.float32] | None:
+    """The values below which x * hardsigmoid(c x) is 0, [1,C,1,1], where nothing else reads x; c one number a channel.
+
+    What is below needs no levels.
+    """
+    scaled = [r for r in x.outputs if r.op == "Mul" and isinstance(r.inputs[1], Constant)]
+    gates = [g for r in scaled for g in r.outputs[0].outputs if g.op == "HardSigmoid"]
+    if len(x.outputs) != 2 or len(gates) != 1 or not any(r.op == "Mul" and gates[0].outputs[0] in list(r.inputs)
+                                                         for r in x.outputs):
+        return None
+    end = gates[0].attrs.get("beta", 0.5) / gates[0].attrs.get("alpha", 0.2)
+    return np.asarray(-end / scaled[0].inputs[1].values, np.float32)
 
 
 def _short(scale: NDArray[Any]) -> NDArray[np.float32]:

@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from vmq.graph import Constant, Graph
-from vmq.layers import doubled_axes
+from vmq.layers import doubled_axes, float_source
 from vmq.pipeline import Context, Pass, PassResult
 
 STEPS = 256
@@ -73,9 +73,30 @@ def _hard_swish(graph: Graph, node: Any) -> bool:
 
 
 def _gate(graph: Graph, x: Any, slope: float, offset: float) -> Any:
-    product = graph.add("Mul", [x, _number(graph, slope)], f"{x.name}_slope", shape=x.shape)
+    """sat(slope x + offset); where x is a product with a constant, that takes the slope in."""
+    whole = _product(x)
+    if whole is None:
+        factor = _number(graph, slope)
+    else:
+        x, numbers = whole
+        values = slope * np.asarray(numbers.values, np.float64)
+        value, scale = graph.constant("slope", values.astype(np.float32)), float(values.max()) / 255.0
+        factor = _dequantize(graph, _quantize(graph, value, scale, 0), scale, 0)
+    product = graph.add("Mul", [x, factor], f"{x.name}_slope", shape=x.shape)
     written = _quantize(graph, product, 1.0 / STEPS, min(255, round(STEPS * offset)))
     return _dequantize(graph, written, 1.0 / STEPS, 0)
+
+
+def _product(value: Any) -> tuple[Any, Any] | None:
+    """A dequantized value and a positive constant whose product a value is that one node reads; None if it is none."""
+    read = _read(value)
+    write = read.inputs[0].inputs[0] if read is not None and read.inputs[0].inputs else None
+    node = write.inputs[0].inputs[0] if write is not None and write.op == "QuantizeLinear" and write.inputs[0].inputs \
+        else None
+    if node is None or node.op != "Mul" or any(len(v.outputs) != 1 for v in (value, read.inputs[0], node.outputs[0])):
+        return None
+    numbers = float_source(node.inputs[1])
+    return (node.inputs[0], numbers) if isinstance(numbers, Constant) and (numbers.values > 0.0).all() else None
 
 
 def _tanh(graph: Graph, node: Any) -> bool:

@@ -6,7 +6,7 @@ Some kernels add two products of 8-bit integers in 16 bits, which saturate at 32
     a w + b v  for a, b in 0..255 fits if    max(w, 0) + max(v, 0) <= 128    and    max(-w, 0) + max(-v, 0) <= 128
 
 for weights w, v whose products are added (`summed_pairs` in vmq/layers.py). That is much less than to give up a bit of
-every weight: two large ones are seldom neighbours. calibrate_ranges chooses scales with which pairs keep to `ROOM`;
+every weight: two large ones are seldom neighbours. calibrate_ranges chooses scales with which pairs keep to `LARGEST`;
 here are moved only weights that learning left beyond the ends: of a pair the larger one, to where the sum fits.
 """
 
@@ -22,11 +22,9 @@ from vmq.layers import summed_pairs
 from vmq.pipeline import Context, Pass, PassResult
 
 LARGEST = 127
-"""Largest magnitude of an 8-bit weight."""
+"""Largest magnitude of an 8-bit weight; in ranges of two neighbours of one sign together, too."""
 PAIR = 128
 """Largest sum of the magnitudes of two neighbours of one sign."""
-ROOM = 126
-"""What ranges leave of it, so that learning may round up."""
 
 
 class LimitWeights(Pass):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from compiling import clips, network, rerun, run_to
 from tiny_recurrent import read
 
@@ -11,6 +12,7 @@ from vmq.graph import Graph
 from vmq.quant import dequantize, quantize
 from vmq.recipe import Recipe
 from vmq.runtime import Session
+from vmq.shadow import Shadow
 from vmq.spec import QuantSpec
 
 BALANCED = Recipe("balanced", balance=True)
@@ -38,6 +40,20 @@ def outputs(graph: Graph) -> list[np.ndarray]:
     return [values for frame in clips()[0].frames() for values in session.step(frame).values()]
 
 
+def exact_outputs(graph: Graph) -> list[np.ndarray]:
+    """In double precision, frame after frame."""
+    graph = graph.copy()
+    graph.infer_shapes()
+    shadow, names = Shadow(graph).double(), tuple(v.name for v in graph.outputs)
+    state = {v.name: torch.zeros(v.shape, dtype=torch.float64) for v in graph.inputs if v.name != "src"}
+    found = []
+    for frame in clips()[0].frames():
+        made = shadow.run({"src": torch.from_numpy(frame[None] / 255.0), **state}, names)
+        state = dict.fromkeys(state, made.get("s"))
+        found += [v.detach().numpy() for v in made.values()]
+    return found
+
+
 def reach(graph: Graph, name: str) -> np.ndarray:
     """Largest value of each channel over the frames."""
     session = Session(graph, extra=[name])
@@ -52,8 +68,8 @@ def test_no_value_changes(text: str) -> None:
     before = graph.copy()
     run_to("balance_channels", graph, "4", recipe=BALANCED)
     assert graph.to_bytes() != before.to_bytes()
-    for ours, theirs in zip(outputs(graph), outputs(before), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
+    for ours, theirs in zip(exact_outputs(graph), exact_outputs(before), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6 * np.abs(theirs).max())
 
 
 def test_channels_in_front_of_a_depthwise_convolution_become_alike() -> None:
@@ -73,9 +89,11 @@ def test_where_it_goes() -> None:
     uneven(graph, "w0", 30.0)
     context = run_to("equalize", graph, "4", recipe=BALANCED)
     report = rerun("balance_channels", graph, context).report
-    # HardSwish feeds the depthwise conv and a residual: a Mul on the edge. The gated product feeds one conv: its gate.
-    assert report == {"folded": 1, "gated": 1, "inserted": report["inserted"]}
-    assert report["inserted"] >= 1
+    # What the first conv makes, through its hardswish and the residual; what the depthwise one makes, through pooling
+    # and gate; the layer behind the pooling; what is joined with the frame; and with the state. The gated product, which
+    # two layers want otherwise, once more in its gate.
+    assert report == {"folded": 5, "gated": 1, "inserted": 0}
+    assert [n.op for n in graph.nodes].count("HardSigmoid") == 2
     for node in graph.nodes:
         if node.op == "Mul" and any("balance" in v.name and not v.inputs for v in node.inputs):
             factors = np.asarray(node.inputs[1].values)
@@ -94,15 +112,17 @@ def test_nothing_at_8_bits_or_unasked() -> None:
 
 
 def test_four_bits_lose_less() -> None:
+    """Over several networks: one rounding more or less decides much in one."""
     errors = []
     for recipe in (Recipe("plain"), BALANCED):
-        graph = read(INVERTED)
-        uneven(graph, "w0", 16.0)
-        uneven(graph, "w1", 0.0625)                    # what is small in b counts as much in c
-        float_alpha = [o.copy() for o in outputs(graph)]
-        run_to("correct_biases", graph, "4", recipe=recipe)
-        errors.append(np.mean([np.abs(a - b).mean() for a, b in zip(outputs(graph), float_alpha, strict=True)]))
-    assert errors[1] < 0.6 * errors[0]
+        for factor in (8.0, 12.0, 16.0, 24.0, 32.0):
+            graph = read(INVERTED)
+            uneven(graph, "w0", factor)
+            uneven(graph, "w1", 1.0 / factor)              # what is small in b counts as much in c
+            float_alpha = [o.copy() for o in outputs(graph)]
+            run_to("correct_biases", graph, "4", recipe=recipe)
+            errors.append(np.mean([np.abs(a - b).mean() for a, b in zip(outputs(graph), float_alpha, strict=True)]))
+    assert np.mean(errors[5:]) < 0.3 * np.mean(errors[:5])
 
 
 def test_shared_weights_stay() -> None:

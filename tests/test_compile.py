@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -171,7 +171,7 @@ def test_rvm_as_its_users_have_it(tmp_path: Path):
 
 
 def test_without_footage_the_built_in_clips_are_used_and_it_says_so(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys.modules["vmq.compiler"], "synthetic_clips", lambda size, **_: clips(1, 2, size))
+    monkeypatch.setattr(importlib.import_module("vmq.compiler"), "synthetic_clips", lambda size, **_: clips(1, 2, size))
     result = vmq.compile(network(), recipe="mse")
     assert result.synthetic
     assert "your own footage (--calib) is better" in "\n".join(result.lines())

@@ -35,7 +35,7 @@ def layer(results: int = 4, *, channels: int = 16, sides: tuple[int, int] = (3, 
     }}""")
     conv = next(n for n in graph.nodes if n.op == "Conv")
     weight = conv.inputs[1]
-    steps = rng.integers(-7, 8, weight.shape) if narrow else rng.integers(-127, 128, weight.shape)
+    steps = rng.integers(-7, 8, weight.shape) if narrow else rng.integers(-64, 65, weight.shape)
     value = graph.constant("steps", steps.astype(ml_dtypes.int4 if narrow else np.int8))
     if narrow:
         value = graph.add("Cast", [value], "wide", {"to": INT8}, weight.shape, np.int8)

@@ -42,8 +42,8 @@ def weight_axis(node: Any) -> int:
 def summed_pairs(node: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
     """Places in a layer's weight, as [outputs, pairs] of its flat indices, whose products a kernel may add in 16 bits.
 
-    These are neighbours in the order in which integer kernels multiply: channels last, from an even one on. Where a
-    tap has an odd number of channels, what lies beside what changes with the layout: then all neighbours are pairs.
+    These are neighbours in the order in which integer kernels multiply: channels last, from an even one on. With
+    an odd number of channels what lies beside what changes with the layout: then all neighbours are pairs.
     None for depthwise convolutions, which add one product at a time.
     """
     shape = node.inputs[1].shape
@@ -52,7 +52,7 @@ def summed_pairs(node: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]] | Non
     places = np.moveaxis(np.arange(np.prod(shape)).reshape(shape), weight_axis(node), 0)
     if node.op == "Conv":
         places = np.moveaxis(places, 1, -1)
-    apart = 1 if node.op == "Conv" and shape[1] % 2 and np.prod(shape[2:]) > 1 else 2
+    apart = 1 if node.op == "Conv" and shape[1] % 2 else 2
     rows = places.reshape(len(places), -1)
     return rows[:, :-1:apart], rows[:, 1::apart]
 
