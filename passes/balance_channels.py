@@ -53,7 +53,7 @@ class BalanceChannels(Pass):
     name: ClassVar[str] = "balance_channels"
 
     def run(self, graph: Graph, context: Context) -> PassResult:
-        if not context.options.recipe.balance or not context.clips:
+        if not context.options.recipe.balance or context.options.bits.activations == 8 or not context.clips:
             return PassResult()
         convs = [n for n in graph.nodes if _suits(n)]
         seen = processes.first(lambda: _measure(graph, context, {n.inputs[0].name for n in convs}))

@@ -135,3 +135,33 @@ def test_shared_weights_stay() -> None:
     np.testing.assert_array_equal(graph.value("w0_aligned").values[:, :3], before)
     for ours, theirs in zip(outputs(graph), want, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_a_hardswish_apart_costs_no_operator_more() -> None:
+    """Its gate takes the factors in: as many integer kernels as without."""
+    counts = []
+    for recipe in (Recipe("plain"), BALANCED):
+        graph = network()
+        uneven(graph, "w0", 30.0)
+        run_to("lower", graph, "4", recipe=recipe)
+        ops = [n.op for n in graph.nodes]
+        assert "HardSigmoid" not in ops
+        counts.append(ops.count("Mul"))
+    gates = 1                                              # the Mul of test_where_it_goes
+    assert counts[1] == counts[0] + gates
+
+
+def test_what_a_hardswish_makes_0_gets_no_levels() -> None:
+    """Below -3 times a channel's factor; the channels' factors differ."""
+    graph = network()
+    uneven(graph, "w0", 30.0)
+    context = run_to("calibrate_ranges", graph, "4", recipe=BALANCED)
+    assert context.reference is not None
+    node = next(n for n in graph.nodes if n.op == "QuantizeLinear" and n.inputs[0].name == "first")
+    unscaled = next(n for n in context.reference.nodes if n.outputs[0].name == "first_unscaled")
+    step, zero = float(node.inputs[1].values), int(node.inputs[2].values)
+    ends = -3.0 / np.asarray(unscaled.inputs[1].values).ravel()
+    session = Session(context.reference, extra=["first"])
+    lows = np.min([session.step(f)["first"].min((0, 2, 3)) for clip in clips() for f in clip.frames()], axis=0)
+    assert (lows < ends - 5 * step).any()                  # some go further down
+    assert -zero * step >= np.maximum(ends, lows).min() - step
