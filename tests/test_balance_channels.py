@@ -90,8 +90,8 @@ def test_where_it_goes() -> None:
     context = run_to("equalize", graph, "4", recipe=BALANCED)
     report = rerun("balance_channels", graph, context).report
     # What the first conv makes, through its hardswish and the residual; what the depthwise one makes, through pooling
-    # and gate; the layer behind the pooling; what is joined with the frame; and with the state. The gated product, which
-    # two layers want otherwise, once more in its gate.
+    # and gate; the layer behind the pooling; what is joined with the frame; and with the state. The gated product,
+    # which two layers want otherwise, once more in its gate.
     assert report == {"folded": 5, "gated": 1, "inserted": 0}
     assert [n.op for n in graph.nodes].count("HardSigmoid") == 2
     for node in graph.nodes:
