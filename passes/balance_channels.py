@@ -1,4 +1,4 @@
-"""Give the channels of what 4-bit convolutions read ranges that fit one grid.
+"""Give the channels of what convolutions read ranges that fit one grid.
 
 An activation has one scale for all its channels. Where the largest takes values a hundred times those of the others,
 as in front of depthwise convolutions, 16 levels leave the others next to none: in RVM half the channels that the
@@ -16,8 +16,8 @@ by s:
 s goes into the weights that make x, where all that is tied to x can be scaled along (vmq/channels.py); into the gate
 where x is gated; otherwise a Mul by a constant is put on the edge, where channels differ enough to be worth it. Such a
 constant is chosen on an 8-bit grid, so that it is exact when it is quantized itself. Of what is joined each part is
-scaled by itself, relative to the largest of the parts that cannot be scaled. Nothing is done at 8 bits, where it does
-not matter.
+scaled by itself, relative to the largest of the parts that cannot be scaled. At 8 bits only what costs no operator is
+done.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ NEGATIVE = 2.0
 
 
 class BalanceChannels(Pass):
-    """Scale channels in front of 4-bit convolutions so that one grid fits them all, and unscale their weights."""
+    """Scale channels in front of convolutions so that one grid fits them all, and unscale their weights."""
 
     name: ClassVar[str] = "balance_channels"
 
     def run(self, graph: Graph, context: Context) -> PassResult:
-        if not context.options.recipe.balance or context.options.bits.activations == 8 or not context.clips:
+        if not context.options.recipe.balance or not context.clips:
             return PassResult()
         convs = [n for n in graph.nodes if _suits(n)]
         seen = processes.first(lambda: _measure(graph, context, {n.inputs[0].name for n in convs}))

@@ -102,13 +102,23 @@ def test_where_it_goes() -> None:
             np.testing.assert_allclose(dequantize(quantize(factors, scale, 0, spec), scale, 0), factors, rtol=1e-6)
 
 
-def test_nothing_at_8_bits_or_unasked() -> None:
-    for bits, recipe in (("8", BALANCED), ("w4a8", BALANCED), ("4", Recipe("plain"))):
+def test_no_operator_more_at_8_bits() -> None:
+    for bits in ("8", "w4a8"):
         graph = network()
-        context = run_to("equalize", graph, bits, recipe=recipe)
-        before = graph.to_bytes()
-        assert rerun("balance_channels", graph, context).modified == 0
-        assert graph.to_bytes() == before
+        uneven(graph, "w0", 30.0)
+        before = exact_outputs(graph)
+        report = rerun("balance_channels", graph, run_to("equalize", graph, bits, recipe=BALANCED)).report
+        assert report == {"folded": 5, "gated": 0, "inserted": 0}
+        for ours, theirs in zip(exact_outputs(graph), before, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6 * np.abs(theirs).max())
+
+
+def test_nothing_unasked() -> None:
+    graph = network()
+    context = run_to("equalize", graph, "4", recipe=Recipe("plain"))
+    before = graph.to_bytes()
+    assert rerun("balance_channels", graph, context).modified == 0
+    assert graph.to_bytes() == before
 
 
 def test_four_bits_lose_less() -> None:

@@ -115,7 +115,7 @@ class Recipe:
         samples: values kept of each tensor over all calibration frames.
         correct_biases: shift biases so that every layer keeps its mean.
         equalize: equalize weights across layers where that is exact.
-        balance: scale channels in front of 4-bit convolutions to fit one grid.
+        balance: scale channels in front of convolutions to fit one grid.
         blocks: block-wise reconstruction; None for none.
         network: calibration of the whole network; None for none.
     """
