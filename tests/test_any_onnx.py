@@ -21,6 +21,7 @@ from passes.find_closures import find_closures
 from vmq.fakequant import FakeQuantize
 from vmq.graph import Graph
 from vmq.pipeline import Context, Observer, Pass, run_passes
+from vmq.recipe import Recipe
 from vmq.runtime import Session
 from vmq.shadow import Shadow
 from vmq.spec import Bits, Options, QuantSpec
@@ -28,6 +29,7 @@ from vmq.states import pair_states
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FRAMES = 3
+BALANCED = Recipe("balanced", balance=True)
 BITS = ("8", "w4a8", "4")
 LOOSE = 2.0
 """How many times its expected size a mean squared error may have: rounding is not independent from pixel to pixel."""
@@ -46,6 +48,24 @@ def footage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_random_networks(footage: Path, network: Network) -> None:
     check(network, footage)
+
+
+@given(networks())
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_balancing_random_networks_changes_no_value(network: Network) -> None:
+    note(f"{network.features}")
+    graph, names = Graph.load(network.proto), [p.name for p in PIPELINE]
+    context = Context(Options(bits=Bits.parse("4"), size=SIZE, pairs=network.pairs, recipe=BALANCED), clips(1, 4, SIZE))
+    run_passes(graph, PIPELINE[:names.index("balance_channels")], context)
+    before = graph.copy()
+    run_passes(graph, [PIPELINE[names.index("balance_channels")]], context)
+    one, two = (Session(g, optimize=False, threads=1, pairs=network.pairs) for g in (before, graph))
+    for frame in frames():
+        ours = two.step(frame)
+        for name, value in one.step(frame).items():
+            largest = max(1.0, float(np.abs(value).max()))
+            loose = 2e-3 if value.dtype == np.float16 else 1e-4
+            np.testing.assert_allclose(ours[name], value, rtol=0, atol=loose * largest, err_msg=name)
 
 
 @pytest.mark.slow
