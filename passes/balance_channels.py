@@ -68,10 +68,12 @@ class _Balance:
 
     Attributes:
         counts: how many values were scaled, by where.
+        narrow: layers may read 4 bits, so that an operator more is worth it.
     """
 
     def __init__(self, graph: Graph, options: Options, seen: dict[str, Array]) -> None:
-        self.graph, self.seen, self.bits = graph, seen, options.bits
+        self.graph, self.seen = graph, seen
+        self.narrow = options.bits.activations == 4 and (options.budget is None or options.budget.of == "bops")
         self.swish = "HardSwish" in options.target.forms
         self.counts = {"folded": 0, "gated": 0, "inserted": 0}
         self.alike: dict[str, NDArray[np.bool_]] = {}       # channels that fit one grid already, by value
@@ -85,7 +87,7 @@ class _Balance:
             return
         if value is not parts[0][0]:
             self._joined(self._wanted(conv), parts)
-        elif not self._fold_for_all(value) and self.bits.activations == 4:
+        elif not self._fold_for_all(value) and self.narrow:
             maker, scale = value.inputs[0], _on_grid(self._wanted(conv))
             gate = next((v for v in maker.inputs if is_gate(v)), None) if maker.op == "Mul" else None
             differ = np.median(self.seen[value.name]) < WORTH * self.seen[value.name].max()
@@ -136,7 +138,7 @@ class _Balance:
                 factors = np.full_like(factors, np.exp(np.log(factors).mean()))
             if free(value):
                 self._apply(self._scaling(value, factors), self.settled, "folded")
-            elif self.bits.activations == 4 and not (value.inputs and value.inputs[0].op == "Expand") and (
+            elif self.narrow and not (value.inputs and value.inputs[0].op == "Expand") and (
                     np.median(factors) < WORTH * factors.max() or not WORTH < np.median(factors) < 1.0 / WORTH):
                 self._insert(value, _on_grid(factors))
 
