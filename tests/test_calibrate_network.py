@@ -197,7 +197,7 @@ def test_zero_points_are_learned_as_integers(start: tuple[Graph, Context]):
     for name, value in after.items():
         assert value.dtype == before[name].dtype
         assert value.dtype.name in ("uint4", "uint8")
-    if result.report["kept_step"]:
+    if min(gates(result)) < gates(result)[0]:                 # of equal ones the last is kept, in which none may differ
         assert changed(start[0], graph)
     assert len(set(gates(result))) > 1                        # one integer more or less of one tensor shows
     _, again = calibrate((graph, start[1]), EVERYTHING | dict.fromkeys(RATES, 0.0), steps=1, gates=1)
