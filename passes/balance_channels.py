@@ -10,8 +10,8 @@ by s:
 
 - in front of a depthwise convolution that costs nothing, as its weights have a scale a channel: all channels
   get the same range;
-- elsewhere what activations gain, weights lose: s ~ sqrt(w / r), with r and w the largest magnitudes of a channel and
-  of the weights that read it (Xiao et al. 2023, SmoothQuant, eq. 4 with alpha 0.5).
+- elsewhere what activations gain, weights lose: s ~ w^(1-a) / r^a, with r and w the largest magnitudes of a channel
+  and of the weights that read it (Xiao et al. 2023, SmoothQuant, eq. 4), and a = 1/2, or `SHARE`.
 
 s goes into the weights that make x, where all that is tied to x can be scaled along (vmq/channels.py); into the gate
 where x is gated; otherwise a Mul by a constant is put on the edge, where channels differ enough to be worth it. Such a
@@ -41,6 +41,9 @@ WARM_UP = 2
 """Frames at the start of each clip that only warm the state up."""
 SPREAD = 64.0
 """No channel is multiplied by more than this relative to the largest."""
+SHARE = 0.7
+"""The a of 4-bit activations: how weights are rounded is learned, so theirs is the smaller error. Behind a global
+pooling, where layers read few values and have many weights, it is 1/2."""
 WORTH = 0.4
 """A Mul is put in where the median channel has less than this share of the largest one's range."""
 NEGATIVE = 2.0
@@ -109,7 +112,8 @@ class _Balance:
         if not _is_depthwise(conv):
             weight = np.abs(conv.inputs[1].values).astype(np.float64)
             columns = weight.max(axis=(0, *range(2, weight.ndim)))
-            wanted = np.sqrt(wanted * np.maximum(columns, columns.max() / SPREAD))
+            share = SHARE if self.narrow and np.prod(conv.inputs[0].shape[2:]) > 1 else 0.5
+            wanted = wanted ** share * np.maximum(columns, columns.max() / SPREAD) ** (1.0 - share)
         return np.asarray(wanted / np.exp(np.log(wanted).mean()))
 
     def _fold_for_all(self, value: Any) -> bool:
