@@ -27,7 +27,7 @@ from passes.limit_weights import LARGEST, pair_reach
 from vmq import processes
 from vmq.errors import PassError
 from vmq.graph import Constant, Graph
-from vmq.layers import float_source, summed_pairs
+from vmq.layers import dead_below, float_source, summed_pairs
 from vmq.pipeline import Context, Pass, PassResult
 from vmq.quant import FUNCTIONS, search_range, search_weight_scale
 from vmq.runtime import Session
@@ -164,7 +164,8 @@ def _observe(reference: Graph, names: list[str], context: Context, samples: int)
     every = -(-per_frame * total // max(samples, LEAST * FRAMES))
     session = Session(reference, pairs=context.options.pairs, extra=names, device=context.options.device)
     inputs = {v.name for v in reference.inputs}
-    floors = {v.name: floor for v in reference.values() if v.name in set(names) and (floor := _floor(v)) is not None}
+    floors = {v.name: floor for v in reference.values()
+              if v.name in set(names) and (floor := dead_below(v)) is not None}
     starts = np.cumsum([0, *(len(c) for c in context.clips)])
 
     def watch(number: int) -> dict[str, _Seen]:
@@ -186,20 +187,6 @@ def _observe(reference: Graph, names: list[str], context: Context, samples: int)
 
     clips = processes.together([watch(k) for k in processes.mine(range(len(context.clips)))])
     return {name: _Seen.of_all([seen[name] for seen in clips if seen[name].low < np.inf]) for name in names}
-
-
-def _floor(x: Any) -> NDArray[np.float32] | None:
-    """The values below which x * hardsigmoid(c x) is 0, [1,C,1,1], where nothing else reads x; c one number a channel.
-
-    What is below needs no levels.
-    """
-    scaled = [r for r in x.outputs if r.op == "Mul" and isinstance(r.inputs[1], Constant)]
-    gates = [g for r in scaled for g in r.outputs[0].outputs if g.op == "HardSigmoid"]
-    if len(x.outputs) != 2 or len(gates) != 1 or not any(r.op == "Mul" and gates[0].outputs[0] in list(r.inputs)
-                                                         for r in x.outputs):
-        return None
-    end = gates[0].attrs.get("beta", 0.5) / gates[0].attrs.get("alpha", 0.2)
-    return np.asarray(-end / scaled[0].inputs[1].values, np.float32)
 
 
 def _short(scale: NDArray[Any]) -> NDArray[np.float32]:

@@ -142,6 +142,20 @@ def _has_form(node: Any) -> bool:
     return True
 
 
+def dead_below(x: Any) -> NDArray[np.float32] | None:
+    """The values below which x * hardsigmoid(c x) is 0, [1,C,1,1], where nothing else reads x; c one number a channel.
+
+    What is below needs no levels.
+    """
+    scaled = [r for r in x.outputs if r.op == "Mul" and isinstance(r.inputs[1], Constant)]
+    gates = [g for r in scaled for g in r.outputs[0].outputs if g.op == "HardSigmoid"]
+    if len(x.outputs) != 2 or len(gates) != 1 or not any(r.op == "Mul" and gates[0].outputs[0] in list(r.inputs)
+                                                         for r in x.outputs):
+        return None
+    end = gates[0].attrs.get("beta", 0.5) / gates[0].attrs.get("alpha", 0.2)
+    return np.asarray(-end / scaled[0].inputs[1].values, np.float32)
+
+
 def whole_factors(node: Any) -> dict[int, int]:
     """By axis, 2 for height and 3 for width, the whole number that a Resize of pictures makes it longer by, linear
     between pixels' centres; none where it does anything else.

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmq.graph import Constant, Graph
-from vmq.layers import quantizer_of, written_by
+from vmq.layers import dead_below, quantizer_of, written_by
 from vmq.quant import FUNCTIONS, dequantize, quantize, search_range, search_weight_scale
 from vmq.runtime import Session
 from vmq.spec import QuantSpec
@@ -110,6 +110,8 @@ def measure_tensors(reference: Graph, quantized: Graph, homes: Mapping[str, str]
         for tensor in watched:
             x, y = exact[tensor.name], ours[tensor.raw]
             if x.shape == y.shape:
+                if tensor.floor is not None:
+                    x, y = np.maximum(x, tensor.floor), np.maximum(y, tensor.floor)
                 if x.size > SAMPLES:
                     chosen = places.setdefault(
                         x.size, np.random.default_rng(x.size).integers(0, x.size, SAMPLES))
@@ -163,9 +165,10 @@ class _Watched:
     """A tensor that is watched while both models run."""
 
     def __init__(self, name: str, raw: str, closure: str, grids: Sequence[_Grid],
-                 through: Callable[..., Array] | None, form: Callable[[Array], Array] | None) -> None:
+                 through: Callable[..., Array] | None, form: Callable[[Array], Array] | None,
+                 floor: Array | None) -> None:
         self.name, self.raw, self.closure, self.grids, self.form = name, raw, closure, grids, form
-        self.through = through or (lambda x: x)
+        self.through, self.floor = through or (lambda x: x), floor
         self.reader = through
         self.signal = self.noise = 0.0
         self.kept: list[Array] = []
@@ -219,7 +222,7 @@ def _watched(reference: Graph, quantized: Graph, homes: Mapping[str, str]) -> li
         raw = behind if written is None else written.inputs[0]
         form = partial(_as_read, written, behind.inputs[0]) if written is not None else None
         found.append(_Watched(value.name, raw.name, homes.get(near[0].name, "") if near else "", grids,
-                              _function(value), form))
+                              _function(value), form, dead_below(value)))
     return found
 
 
