@@ -12,6 +12,7 @@ from vmq.clips import Clip
 from vmq.errors import PassError
 from vmq.graph import Graph
 from vmq.pipeline import Context
+from vmq.spec import Options
 
 
 def test_a_good_model_passes_with_numbers():
@@ -38,6 +39,28 @@ def test_one_changed_scale_is_found():
     scale.values = np.asarray(scale.values * np.float32(1.01))
     with pytest.raises(PassError, match=r"output \w+ of the emitted model differs from the graph before lowering"):
         rerun("verify", graph, context)
+
+
+@pytest.mark.parametrize(("one", "other", "same"), [(1e-7, 2e-7, True), (1e-5, 2e-5, False)])
+def test_a_frame_without_anybody_is_not_held_to_its_own_largest_value(one: float, other: float, same: bool):
+    """Alpha next to 0 everywhere: a sigmoid rounds it as if it was near 1."""
+    graphs = []
+    for value in (one, other):
+        graph = read("(float[1,3,32,48] src, float[1,3,1,1] w0) => (float[1,1,32,48] pha) { pha = Conv (src, w0) }")
+        graph.value("w0").values = np.full((1, 3, 1, 1), value / 3.0, np.float32)
+        graphs.append(graph)
+    white = Clip("white", 25.0, SIZE, 2, lambda start, stop: (np.full((3, *SIZE), 255, np.uint8)
+                                                             for _ in range(start, stop)))
+    context = Context(Options(), [white])
+
+    def check() -> None:
+        passes.verify._same_bits(*graphs, context, optimize=True, rounding=passes.verify.ROUNDING)
+
+    if same:
+        check()
+    else:
+        with pytest.raises(PassError, match="differs from the graph before lowering"):
+            check()
 
 
 def test_a_collapse_is_said_loudly(monkeypatch: pytest.MonkeyPatch):
