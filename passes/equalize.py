@@ -27,12 +27,13 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from vmq.channels import PASSING
 from vmq.graph import Constant, Graph
 from vmq.pipeline import Context, Pass, PassResult
 from vmq.runtime import Session
 
-HOMOGENEOUS = frozenset({"Relu", "LeakyRelu", "MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"})
-"""Operators that a positive factor a channel passes through."""
+HOMOGENEOUS = PASSING - {"Resize"}
+"""Operators that may stand between two layers."""
 
 TOLERANCE = 1e-4
 """A factor closer to 1 is none, and neither is an offset below this share of its channel's largest value."""
