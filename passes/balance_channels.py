@@ -45,8 +45,8 @@ SHARE = 0.7
 """The a of 4-bit activations: how weights are rounded is learned, so theirs is the smaller error. Behind a global
 pooling, where layers read few values and have many weights, it is 1/2."""
 WORTH = 0.4
-"""A Mul is put in where the median channel has less than this share of the largest one's range; of what is joined, where
-a part has less than this share of the range of the part that it is held against, or so many times more."""
+"""A Mul is put in where the median channel has less than this share of the largest one's range; of what is joined,
+where a part has less than this share of the range of the part that it is held against, or so many times more."""
 NEGATIVE = 2.0
 """Negative values count for so much: what lies below zero takes levels from all channels."""
 
