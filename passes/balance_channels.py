@@ -34,6 +34,7 @@ from vmq.graph import Constant, Graph
 from vmq.pipeline import Context, Pass, PassResult
 from vmq.runtime import Session
 from vmq.spec import Options
+from vmq.states import WEIGHTED
 
 FRAMES = 16
 """Frames that ranges are measured on, spread over the clips."""
@@ -200,7 +201,7 @@ def _is_picture(value: Any) -> bool:
     todo, seen = [value], set[int]()
     while todo:
         for node in todo.pop().inputs:
-            if node.op == "Conv":
+            if node.op in WEIGHTED:
                 return False
             todo += [v for v in node.inputs if id(v) not in seen]
             seen.update(id(v) for v in node.inputs)

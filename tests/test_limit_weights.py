@@ -18,7 +18,7 @@ from vmq.spec import Options, QuantSpec
 from vmq.targets import TARGETS
 
 
-def layer(rows: Any, op: str = "Conv", attrs: str = "") -> Graph:
+def layer(rows: Any, op: str = "Conv") -> Graph:
     """A layer whose weight, in steps of 1, is `rows`."""
     rows = np.asarray(rows)
     shape = ",".join(map(str, rows.shape))
@@ -33,7 +33,7 @@ def layer(rows: Any, op: str = "Conv", attrs: str = "") -> Graph:
         <float[{shape}] w = {{{data}}}, float[{outputs}] s = {{{ones}}}, int8[{outputs}] z = {{{zeros}}}> {{
             q = QuantizeLinear <axis = {axis}> (w, s, z)
             d = DequantizeLinear <axis = {axis}> (q, s, z)
-            y = {op} {attrs} (x, d)
+            y = {op} (x, d)
         }}""")
 
 

@@ -59,8 +59,7 @@ class Scaling:
         swished: hardswishes that are written apart, and the factors of what they give.
     """
 
-    def __init__(self, graph: Graph, value: Any, factors: Array, made: Any = None,
-                 swish: bool = False) -> None:
+    def __init__(self, graph: Graph, value: Any, factors: Array, made: Any = None, swish: bool = False) -> None:
         self._outputs = {id(v) for v in graph.outputs}
         self._graph = graph
         self._factors: dict[int, tuple[Any, Array]] = {}
@@ -188,13 +187,11 @@ def scale_columns(graph: Graph, node: Any, factors: Array) -> None:
 
 def _write_apart(graph: Graph, node: Any, factors: Array) -> None:
     """A hardswish whose gate sees x multiplied by factors."""
-    x, y = node.inputs[0], node.outputs[0]
+    x = node.inputs[0]
     unscale = graph.constant("balance", factors.reshape(1, -1, 1, 1).astype(np.float32))
     seen = graph.add("Mul", [x, unscale], f"{x.name}_unscaled", shape=x.shape)
     gate = graph.add("HardSigmoid", [seen], f"{x.name}_gate", {"alpha": 1.0 / 6.0, "beta": 0.5}, x.shape)
-    node.op, node.attrs = "Mul", {}
-    node.inputs = [x, gate]
-    assert node.outputs[0] is y
+    node.op, node.attrs, node.inputs = "Mul", {}, [x, gate]
 
 
 def _joins_channels(node: Any) -> bool:
