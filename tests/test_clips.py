@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from vmq.clips import Clip, fingerprint, open_camera, open_clips, open_writer, sample_clips, to_float
+from vmq.clips import Clip, fingerprint, open_camera, open_clips, sample_clips, to_float
 from vmq.errors import MediaError, OutputError
+from vmq.writer import open_writer
 
 Frame = NDArray[np.uint8]
 SIZE = (24, 40)

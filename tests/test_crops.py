@@ -15,11 +15,12 @@ from tiny_recurrent import GRU, LSTM, read
 
 from models import rvm
 from vmq import crops
-from vmq.clips import Clip, Frame
+from vmq.clips import Clip
 from vmq.crops import GAIN, GAMMA, Crops, crop_graph, resized
 from vmq.errors import ModelError
 from vmq.graph import Constant, Graph
 from vmq.learning import assign
+from vmq.pictures import Frame
 from vmq.runtime import Session
 from vmq.shadow import Shadow
 

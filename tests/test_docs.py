@@ -31,12 +31,12 @@ from onnx_text import load
 import vmq.cli
 import vmq.compiler
 from passes import PIPELINE
-from vmq.clips import open_writer
 from vmq.pipeline import Context, PassResult, run_passes
 from vmq.recipe import Recipe
 from vmq.spec import EFFORTS, Bits, Budget, Effort, Options
 from vmq.synthetic import synthetic_clips
 from vmq.text import diff_graphs, format_graph
+from vmq.writer import open_writer
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])

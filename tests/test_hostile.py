@@ -119,7 +119,7 @@ def test_a_huge_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: py
         for value in range(6):
             writer.write(np.full((32, 48, 3), 40 * value, np.uint8))
         writer.release()
-    monkeypatch.setattr("vmq.clips.PATIENCE", 1.0)
+    monkeypatch.setattr("vmq.videos.PATIENCE", 1.0)
     whole = (tmp_path / "a.avi").read_bytes()
     for content, said in ((whole, r"a\.avi: a search of 1 seconds found no further frame and no end of the video"),
                           (whole[:whole.rindex(b"\xff\xd8")], "found no further frame|only 5 of its 6 frames"),

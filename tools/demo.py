@@ -14,9 +14,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from vmq.clips import Clip, open_clips, open_writer
+from vmq.clips import Clip, open_clips
 from vmq.runtime import Session
 from vmq.synthetic import synthetic_clips
+from vmq.writer import open_writer
 
 ROOT = Path(__file__).resolve().parents[1]
 EVALUATION_SEED = 1

@@ -25,10 +25,11 @@ import onnxruntime as ort
 
 import vmq
 from vmq.bench import processor
-from vmq.clips import Clip, Frame, fingerprint, open_clips
+from vmq.clips import Clip, fingerprint, open_clips
 from vmq.errors import VmqError
 from vmq.evaluate import evaluate
 from vmq.graph import Graph, file_size, write_atomic
+from vmq.pictures import Frame
 from vmq.recipe import Recipe
 from vmq.runtime import Session
 from vmq.synthetic import synthetic_clips

@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--size", type=parse_size, default=(96, 160), metavar="WxH", help="of what is learned on (default 160x96)")
     add("--steps", type=int, default=600)
     add("--batch", type=int, default=4)
-    add("--rate", type=float, default=1e-3)
+    add("--rate", type=float, default=2e-3)
     add("--detail", type=int, default=16, metavar="N", help="channels of the detail branch (default 16; authors: 32)")
     add("--width", type=float, default=0.5, help="of the backbone: 0.25, 0.5 (default), 0.75, or 1 as the authors")
     add("--threads", type=int, default=1, help="other numbers give other last digits")

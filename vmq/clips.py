@@ -18,53 +18,21 @@ import contextlib
 import math
 import os
 import re
-import shutil
-import tempfile
-import time
-import weakref
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, cast
-
-# FFmpeg reads this when the first video is opened; what is wrong with a file is told by exceptions
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-# and this with the first picture: a header may claim any size, and memory is taken before the pixels are looked at
-os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(1 << 26))
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from vmq.errors import MediaError, OutputError
-
-Frame = NDArray[np.uint8]
-Size = tuple[int, int]
+from vmq.errors import MediaError
+from vmq.pictures import Frame, Size, content_of, fit, in_words, read_picture, size_of, to_rgb
+from vmq.videos import DEFAULT_FPS, capturing, count_frames, grab, read, sane_fps
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
-VIDEO_SUFFIXES = frozenset({
-    ".3gp",
-    ".avi",
-    ".flv",
-    ".gif",
-    ".m4v",
-    ".mkv",
-    ".mov",
-    ".mp4",
-    ".mpeg",
-    ".mpg",
-    ".ogv",
-    ".ts",
-    ".webm",
-})
-_logging: Any = cv2 if hasattr(cv2, "setLogLevel") else cv2.utils.logging  # OpenCV 4, OpenCV 5
-DEFAULT_FPS = 25.0
-LARGEST = 8 << 26
-"""Bytes of a picture's file, at most: as many pixels as are read above, uncompressed, of four 16-bit channels."""
-PATIENCE = 10.0
-"""Seconds that FFmpeg may search a video for its streams, or for its next frame: sparse or damaged, it may be huge."""
+VIDEO_SUFFIXES = frozenset({".3gp", ".avi", ".flv", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv",
+                            ".ts", ".webm"})
 _WANTED = "a video, a folder of frames, or a folder with com/ and pha/"
 
 
@@ -193,24 +161,24 @@ def open_camera(index: int = 0, size: Size | None = None) -> Clip:
     Raises:
         MediaError: there is no such camera, or it gives no picture.
     """
-    with _capture(index) as capture:
+    with capturing(index) as capture:
         ok, first = capture.read()
         fps = capture.get(cv2.CAP_PROP_FPS)
     if not ok:
         raise MediaError(f"camera {index} gives no picture: connect it, or give a video")
 
     def frames(start: int, stop: int | None) -> Iterator[Frame]:
-        with _capture(index) as source:
+        with capturing(index) as source:
             number = 0
             while stop is None or number < stop:
                 got, image = source.read()
                 if not got:
                     raise MediaError(f"camera {index} stopped after {number} frames: check its connection")
                 if number >= start:
-                    yield _to_rgb(_fit(image, size))
+                    yield to_rgb(fit(image, size))
                 number += 1
 
-    return Clip(f"camera {index}", _sane_fps(fps), size or _size_of(first), None, frames)
+    return Clip(f"camera {index}", sane_fps(fps), size or size_of(first), None, frames)
 
 
 def _open(path: Path, size: Size | None) -> list[Clip]:
@@ -292,19 +260,19 @@ def _with_unique_names(clips: Sequence[Clip]) -> list[Clip]:
 
 
 def _images(name: str, pictures: list[Path], truth: list[Path] | None, size: Size | None) -> Clip:
-    own = _size_of(_read_image(pictures[0], cv2.IMREAD_COLOR))
+    own = size_of(read_picture(pictures[0], cv2.IMREAD_COLOR))
 
     def reader(files: list[Path], mode: int) -> Callable[[int, int | None], Iterator[Frame]]:
         def read(start: int, stop: int | None) -> Iterator[Frame]:
             for file in files[start:stop]:
-                image = _read_image(file, mode)
-                if _size_of(image) != own:
+                image = read_picture(file, mode)
+                if size_of(image) != own:
                     raise MediaError(
-                        f"{file} is {_words(_size_of(image))} but {pictures[0]} is {_words(own)}: "
+                        f"{file} is {in_words(size_of(image))} but {pictures[0]} is {in_words(own)}: "
                         "all frames of a clip need one size"
                     )
-                fitted = _fit(image, size)
-                yield _to_rgb(fitted) if fitted.ndim == 3 else fitted
+                picture = fit(image, size)
+                yield to_rgb(picture) if picture.ndim == 3 else picture
 
         return read
 
@@ -315,273 +283,31 @@ def _images(name: str, pictures: list[Path], truth: list[Path] | None, size: Siz
     return clip
 
 
-def _read_image(path: Path, mode: int) -> Frame:
-    """Decode a picture; a truncated or damaged one, of which OpenCV would make up the rest, is an error."""
-    data = _content(path)
-    truncated = (data.startswith(b"\xff\xd8") and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")) or (
-        data.startswith(b"\x89PNG") and b"IEND" not in data
-    )
-    damaged = data.startswith(b"\x89PNG") and not truncated and not _sums_are_right(data)
-    image = None
-    if data and not truncated and not damaged:
-        with _quiet(), contextlib.suppress(cv2.error):
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), mode)
-    if image is None:
-        what = ("is empty" if not data else "is truncated" if truncated else "is damaged" if damaged
-                else "cannot be decoded")
-        raise MediaError(f"{path} {what} ({len(data)} bytes): replace or remove the file")
-    return cast(Frame, image)
-
-
-def _sums_are_right(png: bytes) -> bool:
-    """Whether the checksums of a PNG's chunks are those of their content."""
-    place = 8
-    while place + 12 <= len(png):
-        end = place + 8 + int.from_bytes(png[place:place + 4])
-        if zlib.crc32(png[place + 4:end]) != int.from_bytes(png[end:end + 4]):
-            return False
-        if png[place + 4:place + 8] == b"IEND":
-            return True
-        place = end + 4
-    return False
-
-
-def _content(path: Path, most: int = -1) -> bytes:
-    """All of a picture's file, or the first bytes of any."""
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if most < 0 and size > LARGEST:
-                raise MediaError(f"{path} has {size / 1e9:.1f} GB, and a picture at most {LARGEST / 1e9:.1f}: replace "
-                                 "or remove the file")
-            return file.read(most)
-    except OSError as error:
-        raise MediaError(f"{path} cannot be read ({error.strerror}): check the file") from error
-
-
 def _video(path: Path, size: Size | None) -> Clip:
-    with _capture(path) as capture:
+    with capturing(path) as capture:
         opened = capture.isOpened()
-        ok, first = _read(capture, path) if opened else (False, None)
+        ok, first = read(capture, path) if opened else (False, None)
         fps = capture.get(cv2.CAP_PROP_FPS)
         announced = capture.get(cv2.CAP_PROP_FRAME_COUNT)
     if not opened:
-        if not _content(path, 1):
+        if not content_of(path, 1):
             raise MediaError(f"{path} is empty (0 bytes): replace or remove the file")
         raise MediaError(f"{path} cannot be decoded as a video: re-encode it, say as H.264 .mp4")
     if not ok:
         raise MediaError(f"{path} is a video without a single frame that can be decoded: check the file")
-    length = _count_frames(path, int(announced) if math.isfinite(announced) else 0)
+    length = count_frames(path, int(announced) if math.isfinite(announced) else 0)
     if length < 0.9 * announced:
         raise MediaError(f"{path} is damaged, only {length} of its {int(announced)} frames can be decoded: replace it")
 
     def frames(start: int, stop: int | None) -> Iterator[Frame]:
-        with _capture(path) as source:
+        with capturing(path) as source:
             for number in range(length if stop is None else stop):
                 if number < start:  # seeking by number is not exact in every container; grabbing is
-                    _grab(source, path)
+                    grab(source, path)
                     continue
-                got, image = _read(source, path)
+                got, image = read(source, path)
                 if not got:
                     raise MediaError(f"{path} ends after {number} of {length} frames: open it again")
-                yield _to_rgb(_fit(image, size))
+                yield to_rgb(fit(image, size))
 
-    return Clip(path.stem, _sane_fps(fps), size or _size_of(first), length, frames)
-
-
-def _count_frames(path: Path, announced: int) -> int:
-    """Count the frames: the header's word if the last frame is where it says, else by decoding them."""
-    if announced > 0:
-        with _capture(path) as capture:
-            capture.set(cv2.CAP_PROP_POS_FRAMES, announced - 1)
-            there = int(capture.get(cv2.CAP_PROP_POS_FRAMES)) == announced - 1
-            if there and _grab(capture, path) and not _grab(capture, path):
-                return announced
-    with _capture(path) as capture:
-        count = 0
-        while _grab(capture, path):
-            count += 1
-    return count
-
-
-def _read(capture: cv2.VideoCapture, path: Path) -> tuple[bool, Any]:
-    """The next frame as OpenCV gives it; (False, None) at the end."""
-    return capture.retrieve() if _grab(capture, path) else (False, None)
-
-
-def _grab(capture: cv2.VideoCapture, path: Path) -> bool:
-    """Go on to the next frame; False at the end."""
-    started = time.monotonic()
-    with _quiet():
-        found = capture.grab()
-    if not found and time.monotonic() - started >= PATIENCE:
-        raise MediaError(f"{path}: a search of {PATIENCE:g} seconds found no further frame and no end of the video: "
-                         "re-encode it, or put it on a faster disk")
-    return found
-
-
-@contextlib.contextmanager
-def _capture(source: Path | int) -> Iterator[cv2.VideoCapture]:
-    limits = [n for p in (cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, cv2.CAP_PROP_READ_TIMEOUT_MSEC)
-              for n in (p, round(1000 * PATIENCE))]
-    with _quiet():
-        capture = cv2.VideoCapture(source) if isinstance(source, int) else cv2.VideoCapture(
-            str(source), cv2.CAP_FFMPEG, limits)
-    try:
-        yield capture
-    finally:
-        capture.release()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep OpenCV's own complaints off stderr: what is wrong is told by an exception."""
-    level = _logging.getLogLevel()
-    _logging.setLogLevel(0)
-    try:
-        yield
-    finally:
-        _logging.setLogLevel(level)
-
-
-def _size_of(image: object) -> Size:
-    height, width = cast(Frame, image).shape[:2]
-    return int(height), int(width)
-
-
-def _words(size: Size) -> str:
-    return f"{size[1]}x{size[0]}"
-
-
-def _sane_fps(fps: float) -> float:
-    return float(fps) if math.isfinite(fps) and 0 < fps <= 1000 else DEFAULT_FPS
-
-
-def _fit(image: object, size: Size | None) -> Frame:
-    picture = cast(Frame, image)
-    if size is None or _size_of(picture) == size:
-        return picture
-    shrinks = size[0] <= picture.shape[0] and size[1] <= picture.shape[1]
-    how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    return cast(Frame, cv2.resize(picture, (size[1], size[0]), interpolation=how))
-
-
-def _to_rgb(bgr: Frame) -> Frame:
-    return np.ascontiguousarray(bgr[..., ::-1].transpose(2, 0, 1))
-
-
-class Writer:
-    """Writes frames beside the target and moves the finished work into place; made by `open_writer`."""
-
-    def __init__(self, path: Path, fps: float, size: Size) -> None:
-        self.path, self.size, self.count = path, size, 0
-        self._folder = path.suffix.lower() != ".mp4"
-        if self._folder and path.suffix:
-            raise OutputError(f"{path} is no name for a result: end it in .mp4, or name a folder")
-        if not path.absolute().parent.is_dir():
-            raise OutputError(f"{path} cannot be written, {path.parent} is no folder: create it first")
-        if path.is_dir() and (not self._folder or any(path.iterdir())):
-            raise OutputError(f"{path} is a folder that holds files already: name a new one")
-        if self._folder and path.exists() and not path.is_dir():
-            raise OutputError(f"{path} exists and is not a folder: end it in .mp4, or name a new folder")
-        try:
-            self._scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
-        except OSError as error:
-            raise OutputError(f"{path} cannot be written ({error.strerror}): name another folder") from error
-        self._clean = weakref.finalize(self, shutil.rmtree, self._scratch, ignore_errors=True)
-        self._video: cv2.VideoWriter | None = None
-        if not self._folder:
-            with _quiet():
-                self._video = cv2.VideoWriter(
-                    str(self._scratch / "video.mp4"),
-                    cv2.CAP_FFMPEG,
-                    cv2.VideoWriter.fourcc(*"mp4v"),
-                    _sane_fps(fps),
-                    (size[1] + size[1] % 2, size[0] + size[0] % 2),
-                )
-            if not self._video.isOpened():
-                self._abandon()
-                raise OutputError(f"{path} cannot be an mp4 of {_words(size)}, or the disk is full: make room, or name "
-                                  "a folder to get PNGs")
-
-    def write(self, frame: Frame) -> None:
-        """Append a frame, uint8: [3,H,W] RGB, or [H,W] grey."""
-        if frame.dtype != np.uint8 or frame.shape not in {self.size, (3, *self.size)}:
-            wanted = f"uint8 {self.size} or {(3, *self.size)}"
-            raise ValueError(f"expected {wanted}, got {frame.dtype} {frame.shape}")
-        image = frame if frame.ndim == 2 else np.ascontiguousarray(frame[::-1].transpose(1, 2, 0))
-        if self._video is not None:
-            if frame.ndim == 2:
-                image = cast(Frame, cv2.cvtColor(image, cv2.COLOR_GRAY2BGR))
-            bottom, right = self.size[0] % 2, self.size[1] % 2  # the codec wants even sides
-            if bottom or right:
-                image = cast(Frame, cv2.copyMakeBorder(image, 0, bottom, 0, right, cv2.BORDER_REPLICATE))
-            self._video.write(image)
-        else:
-            data = cv2.imencode(".png", image)[1]
-            try:
-                (self._scratch / f"{self.count:04d}.png").write_bytes(data.tobytes())
-            except OSError as error:
-                raise OutputError(f"{self.path} cannot be written ({error.strerror}): make room") from error
-        self.count += 1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            self._abandon()
-        else:
-            self._finish()
-
-    def _finish(self) -> None:
-        try:
-            if self.count == 0:
-                raise OutputError(f"{self.path} was not written: there was no frame to write")
-            if self._video is None:
-                if self.path.is_dir():
-                    self.path.rmdir()
-                self._scratch.chmod(0o777 & ~_umask())
-                self._scratch.replace(self.path)
-                return
-            self._video.release()
-            finished = self._scratch / "video.mp4"
-            if not finished.is_file() or _count_frames(finished, self.count) != self.count:
-                raise OutputError(f"{self.path} was not written whole: check that the disk is not full")
-            finished.replace(self.path)
-        except OutputError:
-            raise
-        except OSError as error:
-            raise OutputError(f"{self.path} cannot be written ({error.strerror}): name another") from error
-        finally:
-            self._abandon()
-
-    def _abandon(self) -> None:
-        if self._video is not None:
-            self._video.release()
-        self._clean()
-
-
-def open_writer(path: str | Path, fps: float, size: Size) -> Writer:
-    """Open a video (.mp4) or a folder of numbered PNGs for writing; use it in a `with`.
-
-    Frames go into a hidden scratch folder beside the target; on success the result is moved into place in one
-    step, on any error it is removed, and what stood at `path` stays.
-
-    Args:
-        path: ends in .mp4, or names a folder that is new or empty.
-        fps: frames a second, of no meaning for a folder.
-        size: (H, W). An mp4 of odd height or width gets its last row or column twice.
-
-    Raises:
-        OutputError: it cannot be written, or no frame was.
-    """
-    return Writer(Path(path), fps, size)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    return Clip(path.stem, sane_fps(fps), size or size_of(first), length, frames)

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from vmq import processes
-from vmq.clips import Clip, Frame
+from vmq.clips import Clip
 from vmq.errors import MediaError, OptionError
 from vmq.matting import set_ratio, to_uint8
 from vmq.metrics import Scores, dtssd, mad, mean_scores, mse, score_clip
+from vmq.pictures import Frame
 from vmq.progress import Report, silent
 from vmq.runtime import Session, check_first_alpha
 from vmq.spec import Normalization

@@ -29,9 +29,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vmq.clips import Frame, Size, natural
+from vmq.clips import natural
 from vmq.errors import FetchError, MediaError, OptionError, OutputError
 from vmq.graph import write_atomic
+from vmq.pictures import Frame, Size
 
 Floats = NDArray[np.float32]
 

@@ -18,10 +18,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from vmq.clips import Clip, Frame, Size, open_camera, open_clips, open_writer, to_float
+from vmq.clips import Clip, open_camera, open_clips, to_float
 from vmq.errors import MediaError, ModelError, OptionError
+from vmq.pictures import Frame, Size
 from vmq.progress import Report, silent
 from vmq.runtime import Session, default_ratio
+from vmq.writer import open_writer
 
 Picture = NDArray[np.float32]
 """Floats 0..1, [H,W] or [3,H,W]."""

@@ -22,8 +22,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from vmq.clips import Clip, Frame, Size
+from vmq.clips import Clip
 from vmq.errors import OptionError
+from vmq.pictures import Frame, Size
 
 Array = NDArray[np.float32]
 

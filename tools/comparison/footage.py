@@ -23,9 +23,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from vmq.clips import Clip, Frame, Size, open_clips, open_writer, sample_clips, to_float
+from vmq.clips import Clip, open_clips, sample_clips, to_float
 from vmq.errors import MediaError
+from vmq.pictures import Frame, Size
 from vmq.synthetic import FPS, scene
+from vmq.writer import open_writer
 
 Array = NDArray[np.float32]
 

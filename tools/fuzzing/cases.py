@@ -14,7 +14,7 @@ import onnx
 
 from fuzzing.changes import EXTREMES, change_bytes, change_structure, network
 from fuzzing.child import be_the_child
-from vmq.clips import open_writer
+from vmq.writer import open_writer
 
 KINDS = ("bytes", "structure", "structure", "structure", "media", "media", "recipe", "dump", "huge")
 RECIPE = b"""range_norm = 2.4
