@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from vmq.dump import read_pipeline, read_probe
 from vmq.errors import MediaError
+from vmq.findings import Finding
 from vmq.graph import Graph
-from vmq.report import Finding, Inspection, inspect_dump, read_pipeline, read_probe, said
+from vmq.report import Inspection, inspect_dump, said
 from vmq.tensors import Tensor
 
 MOST = 10

@@ -1,4 +1,4 @@
-"""The observer that writes a dump: every intermediate result as a file that can be opened, run and scored.
+"""A dump: every intermediate result as a file that can be opened, run and scored; its observer and its readers.
 
     DIR/00_input.onnx               the model that went in
     DIR/NN_pass.onnx, .txt, .diff   the graph after pass NN, as text, and what changed in the text
@@ -21,15 +21,16 @@ import traceback
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
+from numpy.typing import NDArray
 
 from vmq import __version__
-from vmq.errors import OutputError
+from vmq.errors import MediaError, OutputError
 from vmq.graph import Graph, write_atomic
 from vmq.pipeline import Context, Observer, Pass, PassResult
 from vmq.runtime import FIRST_ALPHA_KEY
@@ -37,6 +38,8 @@ from vmq.text import diff_graphs, format_graph
 
 PROBE_FRAMES = 32
 """Frames kept for scoring, at most, from the start of the footage: the states warm up in them."""
+LARGEST = 1 << 28
+"""Bytes of a dump's JSON that are read, at most."""
 
 
 class Dump(Observer):
@@ -139,3 +142,84 @@ def versions() -> dict[str, str]:
     return {"vmq": __version__, "python": platform.python_version(), "numpy": np.__version__,
             "onnx": onnx.__version__, "onnxruntime": ort.__version__, "torch": torch.__version__,
             "machine": platform.machine()}
+
+
+# -- read again ------------------------------------------------------------------------------------------
+
+
+def read_pipeline(folder: Path) -> dict[str, Any]:
+    """pipeline.json of a finished dump.
+
+    Raises:
+        MediaError: the folder is missing, is no dump, or the compile did not finish.
+    """
+    try:
+        pipeline: dict[str, Any] = _read_json(folder / "pipeline.json")
+        finished, passes, options = (pipeline[key] for key in ("finished", "passes", "options"))
+        whole = isinstance(options["pairs"], dict) and all(
+            isinstance(e["name"], str) and isinstance(e["index"], int) and isinstance(e["modified"], int)
+            and isinstance(e["seconds"], int | float) and Path(e["model"] or "").name == (e["model"] or "")
+            for e in passes)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MediaError(f"{folder} is not a dump (no readable pipeline.json); make one with "
+                         "`vmq compile MODEL --dump DIR`") from error
+    if not whole:
+        raise MediaError(f"{folder}/pipeline.json is damaged; compile again with --dump")
+    if not finished:
+        raise MediaError(f"{folder} is the dump of a compile that did not finish; its *.failed.json says why")
+    return pipeline
+
+
+def _read_json(path: Path) -> Any:
+    """A file of JSON; ValueError or OSError for what is none."""
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"{path} is far too large")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deep") from error
+
+
+def read_reports(folder: Path, pipeline: dict[str, Any]) -> dict[str, Any]:
+    """What each pass of a dump reports, by its name.
+
+    Raises:
+        MediaError: a file is missing or damaged.
+    """
+    reports = {}
+    for entry in pipeline["passes"]:
+        path = folder / f"{entry['index']:02}_{entry['name']}.json"
+        try:
+            reports[entry["name"]] = found = _read_json(path)
+            whole = isinstance(found["report"], dict) and isinstance(found["notes"], list)
+        except (OSError, ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise MediaError(f"{path} is missing or damaged; compile again with --dump")
+    return reports
+
+
+class Probe(NamedTuple):
+    """Frames to measure on, [T,3,H,W], and the first one's alpha [H,W], if it is known."""
+
+    frames: NDArray[np.uint8]
+    first_alpha: NDArray[np.uint8] | None = None
+
+
+def read_probe(folder: Path) -> Probe:
+    """The probe of a dump.
+
+    Raises:
+        MediaError: they are missing or damaged.
+    """
+    try:
+        with (folder / "probe.npz").open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            frames: NDArray[np.uint8] = archive["frames"]
+            if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1] != 3 or not frames.size:
+                raise ValueError("no frames")
+            alpha: NDArray[np.uint8] | None = archive.get("first_alpha")
+            if alpha is not None and (alpha.dtype != np.uint8 or alpha.shape != frames.shape[2:]):
+                raise ValueError("no alpha of the first frame")
+            return Probe(frames, alpha)
+    except Exception as error:  # a damaged file raises whatever zipfile, zlib and numpy come upon
+        raise MediaError(f"{folder}/probe.npz cannot be read; compile again with --dump") from error

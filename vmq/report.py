@@ -2,29 +2,28 @@
 
 The alpha error of a dump is its mean |alpha - float alpha| x 1e3 over the probe frames, in closed loop. What is
 measured stands in modules of its own: tensors (noise and range of each), loop_error (over time, through each state) and
-blame (what each closure costs). Here it is put together, and `findings` says it in words, the gravest first.
+blame (what each closure costs). Here it is put together, and vmq/findings.py says it in words.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vmq.blame import Blame, blame, closure_quantizers, tensor_quantizers
-from vmq.errors import MediaError
+from vmq.dump import Probe, read_pipeline, read_probe, read_reports
+from vmq.findings import Finding, findings_of
 from vmq.graph import Graph
 from vmq.layers import homes
 from vmq.loop_error import LoopError, measure_loop
 from vmq.runtime import Session
 from vmq.states import WEIGHTED
-from vmq.tensors import Tensor, decibels, measure_tensors, range_of
+from vmq.tensors import Tensor, decibels, measure_tensors
 
 LOWERED = "lower"
 """The pass up to which tensors stand beside their quantizers; what follows lays integers out."""
@@ -32,28 +31,6 @@ UNCALIBRATED = "insert_qdq"
 """After this pass every scale is still 1: its dump runs, but scoring it would say nothing."""
 SCORED_FRAMES = 8
 """Probe frames that dumps, tensors and closures are measured on; the error over time is that of all."""
-LARGEST = 1 << 28
-"""Bytes of a dump's JSON, at most."""
-MISFIT_DB = 15.0
-"""A grid whose noise is so far above what its levels allow is called unfit. Ranges that were searched on long footage
-are up to 12 dB wide of a short clip."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something that costs quality.
-
-    Attributes:
-        about: tensor, closure, state, pass or model.
-        name: of what it is about.
-        says: what was found, in a sentence or two.
-        hint: what to try.
-    """
-
-    about: str
-    name: str
-    says: str
-    hint: str
 
 
 @dataclass(frozen=True)
@@ -219,7 +196,7 @@ def inspect_dump(folder: Path, progress: Callable[[str, float], None] = lambda _
     names = [name for name, _ in dumps]
     floats = names.index(UNCALIBRATED) if UNCALIBRATED in names else len(names)
     float_path = dumps[floats - 1][1] if floats else folder / "00_input.onnx"
-    reports = _read_reports(folder, pipeline)
+    reports = read_reports(folder, pipeline)
     ratio = reports.get("bind_shapes", {}).get("report", {}).get("downsample_ratio", 1.0)
     how: dict[str, Any] = {"downsample_ratio": ratio, "pairs": pipeline["options"]["pairs"], "first_alpha": first_alpha}
     want = np.stack(list(Session(float_path, **how).alphas(some)))
@@ -266,86 +243,8 @@ def _measured(base: Inspection, parts: dict[str, Any], reference: Graph, quantiz
                          session=how, progress=lambda share: progress("blame: tensors", share))
     found = Inspection(**{**vars(base), "tensors": tensors, "blocks": blocks, "loop": loop, "blame": rows,
                           "tensor_blame": inner, "whole": whole})
-    found.findings.extend(_findings(found, dumps))
+    found.findings.extend(findings_of(found, dumps))
     return found
-
-
-def read_pipeline(folder: Path) -> dict[str, Any]:
-    """pipeline.json of a finished dump.
-
-    Raises:
-        MediaError: the folder is missing, is no dump, or the compile did not finish.
-    """
-    try:
-        pipeline: dict[str, Any] = _read_json(folder / "pipeline.json")
-        finished, passes, options = (pipeline[key] for key in ("finished", "passes", "options"))
-        whole = isinstance(options["pairs"], dict) and all(
-            isinstance(e["name"], str) and isinstance(e["index"], int) and isinstance(e["modified"], int)
-            and isinstance(e["seconds"], int | float) and Path(e["model"] or "").name == (e["model"] or "")
-            for e in passes)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MediaError(f"{folder} is not a dump (no readable pipeline.json); make one with "
-                         "`vmq compile MODEL --dump DIR`") from error
-    if not whole:
-        raise MediaError(f"{folder}/pipeline.json is damaged; compile again with --dump")
-    if not finished:
-        raise MediaError(f"{folder} is the dump of a compile that did not finish; its *.failed.json says why")
-    return pipeline
-
-
-def _read_json(path: Path) -> Any:
-    """A file of JSON; ValueError or OSError for what is none."""
-    if path.stat().st_size > LARGEST:
-        raise ValueError(f"{path} is far too large")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError(f"{path} is nested too deep") from error
-
-
-def _read_reports(folder: Path, pipeline: dict[str, Any]) -> dict[str, Any]:
-    """What each pass of a dump reports, by its name.
-
-    Raises:
-        MediaError: a file is missing or damaged.
-    """
-    reports = {}
-    for entry in pipeline["passes"]:
-        path = folder / f"{entry['index']:02}_{entry['name']}.json"
-        try:
-            reports[entry["name"]] = found = _read_json(path)
-            whole = isinstance(found["report"], dict) and isinstance(found["notes"], list)
-        except (OSError, ValueError, KeyError, TypeError):
-            whole = False
-        if not whole:
-            raise MediaError(f"{path} is missing or damaged; compile again with --dump")
-    return reports
-
-
-class Probe(NamedTuple):
-    """Frames to measure on, [T,3,H,W], and the first one's alpha [H,W], if it is known."""
-
-    frames: NDArray[np.uint8]
-    first_alpha: NDArray[np.uint8] | None = None
-
-
-def read_probe(folder: Path) -> Probe:
-    """The probe of a dump.
-
-    Raises:
-        MediaError: they are missing or damaged.
-    """
-    try:
-        with (folder / "probe.npz").open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            frames: NDArray[np.uint8] = archive["frames"]
-            if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1] != 3 or not frames.size:
-                raise ValueError("no frames")
-            alpha: NDArray[np.uint8] | None = archive.get("first_alpha")
-            if alpha is not None and (alpha.dtype != np.uint8 or alpha.shape != frames.shape[2:]):
-                raise ValueError("no alpha of the first frame")
-            return Probe(frames, alpha)
-    except Exception as error:  # a damaged file raises whatever zipfile, zlib and numpy come upon
-        raise MediaError(f"{folder}/probe.npz cannot be read; compile again with --dump") from error
 
 
 def _closures(members: dict[str, list[str]], parts: dict[str, Any], reference: Graph, tensors: Sequence[Tensor],
@@ -410,119 +309,3 @@ def _common(names: Sequence[str]) -> list[str]:
             break
         common.append(parts[0])
     return common
-
-
-# -- in words -------------------------------------------------------------------------------------------
-
-
-def _findings(seen: Inspection, dumps: Sequence[tuple[str, Path]]) -> list[Finding]:
-    """What costs most, the gravest first."""
-    titles = {b.name: b.title for b in seen.blocks}
-    found = _misfits(seen, dumps, titles)
-    scores = [(p["name"], p["alpha_MAD"]) for p in seen.passes if p["alpha_MAD"] is not None]
-    scores = [s for s in scores if s[0] in dict(dumps)]
-    rises = [(after - before, name, before, after)
-             for (_, before), (name, after) in pairwise(scores)
-             if after > 1.05 * before and after - before > 0.05]
-    if rises:
-        _, name, before, after = max(rises)
-        found.append(Finding("pass", name, f"Pass {name} made alpha worse: MAD {before:.2f} before it, {after:.2f} "
-                             "after it.", f"Look at {name}'s .diff in the dump."))
-    if seen.blame:
-        found += _blamed(seen, titles)
-    found += _loop(seen)
-    if not found or found[0].about in ("state", "pass"):
-        found.insert(0, _weakest(seen, titles))
-    return found
-
-
-def _misfits(seen: Inspection, dumps: Sequence[tuple[str, Path]], titles: dict[str, str]) -> list[Finding]:
-    found = []
-    unfit = sorted((t for t in seen.tensors if t.kind == "activation" and t.misfit_db is not None
-                    and t.misfit_db >= MISFIT_DB and t.sqnr_db < 60),      # weights' scales are learned to clip
-                   key=lambda t: (-(t.misfit_db or 0.0), t.name))
-    for t in unfit[:3]:
-        says = (f"The grid of {t.kind} {t.name} in {titles.get(t.closure, t.closure)} does not fit: its {t.levels} "
-                f"levels reach from {t.low:.3g} to {t.high:.3g}, values on the probe frames from {t.smallest:.3g} to "
-                f"{t.largest:.3g}; {t.used} levels are used, and its noise is {t.misfit_db:.0f} dB above what "
-                f"{t.bits} bits can do.")
-        told = _rescaled(t.name, dumps)
-        found.append(Finding("tensor", t.name, says + (f" {told}" if told else ""),
-                             "Calibrate on footage that looks like this clip, or compile again: no pass should leave a "
-                             "scale like this." if told else
-                             "Calibrate on footage that looks like this clip (`--calib`), or on more of it."))
-    return found
-
-
-def _rescaled(name: str, dumps: Sequence[tuple[str, Path]]) -> str:
-    """At which pass the width of a tensor's grid changed most, if it at least doubled or halved."""
-    widths = []
-    for step, path in dumps:
-        ends = range_of(Graph.load(path), name)
-        if ends is not None and ends[1] > ends[0]:
-            widths.append((step, ends[1] - ends[0]))
-    jumps = [(abs(np.log2(new / old)), step, new / old)
-             for (_, old), (step, new) in pairwise(widths)]
-    size, step, factor = max(jumps, default=(0.0, "", 1.0))
-    if size < 1.0:
-        return ""
-    return f"Pass {step} made its range {factor:.3g} times as wide as it was."
-
-
-def _blamed(seen: Inspection, titles: dict[str, str]) -> list[Finding]:
-    found, whole = list[Finding](), seen.whole
-    blocks = {b.name: b for b in seen.blocks}
-    worst, first = seen.blame[0], max(seen.blame, key=lambda b: b.cost)
-    if worst.gain > 0.0:
-        inner = f" In it, most is to gain at {seen.tensor_blame[0].name} ({seen.tensor_blame[0].gain:.2f})." \
-            if seen.tensor_blame and seen.tensor_blame[0].gain > 0.0 else ""
-        found.append(Finding("closure", worst.name, f"Most is to gain at {titles[worst.name]}: with it alone in "
-                             f"float, alpha MAD falls from {whole:.2f} to {whole - worst.gain:.2f}.{inner}",
-                             _widen(blocks[worst.name])))
-    if first.name != worst.name or worst.gain <= 0.0:
-        found.append(Finding("closure", first.name, f"{titles[first.name]} costs most alone: with nothing else "
-                             f"quantized, alpha MAD is {first.cost:.2f} (everything quantized: {whole:.2f}).",
-                             _widen(blocks[first.name])))
-    return found
-
-
-def _widen(block: Closure) -> str:
-    if "4" in block.bits and block.layers:
-        what = "layer" if len(block.layers) == 1 else f"{len(block.layers)} layers"
-        return f"Keep its {what} at 8 bits: `{' '.join(f'--keep {name}=8' for name in block.layers)}`."
-    return "It has 8 bits already: calibrate on more footage that looks like yours (`--calib`)."
-
-
-def _loop(seen: Inspection) -> list[Finding]:
-    """Findings about states and about error that grows."""
-    found = list[Finding]()
-    loop = seen.loop
-    if loop is None or not loop.states:
-        return found
-    quarter = max(1, len(loop.closed) // 4)
-    begin, end = (float(np.mean(part)) for part in (loop.closed[:quarter], loop.closed[-quarter:]))
-    name, share = max(loop.through.items(), key=lambda item: item[1])
-    recurrent = [b for b in seen.blocks if b.states]
-    hint = "Keep the state updates at 8 bits: `--keep recurrent=8`." if any("4" in b.bits for b in recurrent) else \
-        "The state updates have 8 bits already; calibrate on longer footage of this kind."
-    if share > 0.1:
-        found.append(Finding("state", name, f"{share:.0%} of the error over the clip comes through state {name}"
-                             + (f", {loop.through_all:.0%} through all {len(loop.states)} states."
-                                if len(loop.states) > 1 else "."), hint))
-    if len(loop.closed) >= 8 and end > 1.5 * begin and end > 1.5 * float(np.mean(loop.open)):
-        found.append(Finding("model", "growth", f"The error grows within the clip, from {begin:.2f} in its first "
-                             f"quarter to {end:.2f} in its last.", hint))
-    return found
-
-
-def _weakest(seen: Inspection, titles: dict[str, str]) -> Finding:
-    """Without blame and without an unfit grid: the noisiest quantizer that alpha feels."""
-    noisy = [t for t in seen.tensors if t.own_db is not None]
-    if not noisy:
-        return Finding("model", "", "Nothing is quantized.", "Compile with --bits 8 or 4.")
-    t = min(noisy, key=lambda t: (t.own_db if t.own_db is not None else 0.0, t.name))
-    block = next((b for b in seen.blocks if b.name == t.closure), None)
-    return Finding("tensor", t.name, f"No grid is unfit. The noisiest quantizer is that of {t.kind} {t.name} in "
-                   f"{titles.get(t.closure, t.closure)}: {t.own_db:.1f} dB on {t.bits} bits.",
-                   (_widen(block) + " " if block else "")
-                   + ("" if seen.blame else "`vmq inspect DUMP --blame` measures what each closure costs."))

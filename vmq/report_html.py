@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vmq.compare import Change, Comparison
-from vmq.report import UNCALIBRATED, Closure, Finding, Inspection, said
+from vmq.findings import Finding
+from vmq.report import UNCALIBRATED, Closure, Inspection, said
 from vmq.tensors import BINS, Tensor
 
 Picture = NDArray[np.uint8]
