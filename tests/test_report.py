@@ -59,15 +59,16 @@ def faulty_dump(dump: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return planted(dump, tmp_path_factory.mktemp("faulty") / "dump", "g")
 
 
-def planted(dump: Path, folder: Path, tensor: str) -> Path:
-    """A copy of a dump in which the scale of a tensor is 8 times too large from one pass on, where it is read too."""
+def planted(dump: Path, folder: Path, tensor: str, factor: float = 8.0,
+            passes: tuple[str, ...] = ("quantize_biases", "lower")) -> Path:
+    """A copy of a dump in which the scale of a tensor is too large after some passes, where it is read too."""
     shutil.copytree(dump, folder)
-    for path in (*folder.glob("*_quantize_biases.onnx"), *folder.glob("*_lower.onnx")):
+    for path in (path for name in passes for path in folder.glob(f"*_{name}.onnx")):
         graph = Graph.load(path)
         quantizer = next(n for n in graph.value(tensor).outputs if n.op == "QuantizeLinear")
         nodes = (quantizer, *quantizer.outputs[0].outputs)
         for scale in {id(n.inputs[1]): n.inputs[1] for n in nodes}.values():
-            scale.values = np.asarray(scale.values * np.float32(8.0))
+            scale.values = np.asarray(scale.values * np.float32(factor))
         graph.save(path)
     return folder
 
@@ -99,6 +100,18 @@ def test_a_fault_is_named_whose_integers_are_read_with_another_scale(dump: Path,
     first = found.findings[0]
     assert (first.about, first.name) == ("tensor", "n")
     assert "Pass quantize_biases made its range 8 times as wide" in first.says
+
+
+def test_a_grid_that_a_pass_moved_comes_before_one_that_was_never_right(dump: Path, tmp_path: Path) -> None:
+    calibrated = [path.stem.partition("_")[2] for path in sorted(dump.glob("*.onnx"))]
+    calibrated = calibrated[calibrated.index("calibrate_ranges"):]
+    never = planted(dump, tmp_path / "never", "b", 64.0, tuple(calibrated))
+    found = inspect_dump(never).findings[0]
+    assert (found.name, "Pass" in found.says) == ("b", False)
+    both = inspect_dump(planted(never, tmp_path / "both", "g"))
+    misfits = {t.name: t.misfit_db for t in both.tensors}
+    assert misfits["b"] > misfits["g"]
+    assert [f.name for f in both.findings[:2]] == ["g", "b"]
 
 
 def test_blame_names_the_planted_fault_first(faulty: Inspection) -> None:

@@ -60,32 +60,29 @@ def findings_of(seen: Inspection, dumps: Sequence[tuple[str, Path]]) -> list[Fin
 
 
 def _misfits(seen: Inspection, dumps: Sequence[tuple[str, Path]], titles: dict[str, str]) -> list[Finding]:
+    """Grids that do not fit, those first that a pass moved: what was never better may be the price of a shared grid."""
+    unfit = [t for t in seen.tensors if t.kind == "activation" and t.misfit_db is not None
+             and t.misfit_db >= MISFIT_DB and t.sqnr_db < 60]      # weights' scales are learned to clip
+    graphs = [(step, Graph.load(path)) for step, path in dumps] if unfit else []
+    told = {t.name: _rescaled(t.name, graphs) for t in unfit}
     found = []
-    unfit = sorted((t for t in seen.tensors if t.kind == "activation" and t.misfit_db is not None
-                    and t.misfit_db >= MISFIT_DB and t.sqnr_db < 60),      # weights' scales are learned to clip
-                   key=lambda t: (-(t.misfit_db or 0.0), t.name))
-    for t in unfit[:3]:
+    for t in sorted(unfit, key=lambda t: (not told[t.name], -(t.misfit_db or 0.0), t.name))[:3]:
         says = (f"The grid of {t.kind} {t.name} in {titles.get(t.closure, t.closure)} does not fit: its {t.levels} "
                 f"levels reach from {t.low:.3g} to {t.high:.3g}, values on the probe frames from {t.smallest:.3g} to "
                 f"{t.largest:.3g}; {t.used} levels are used, and its noise is {t.misfit_db:.0f} dB above what "
                 f"{t.bits} bits can do.")
-        told = _rescaled(t.name, dumps)
-        found.append(Finding("tensor", t.name, says + (f" {told}" if told else ""),
+        found.append(Finding("tensor", t.name, f"{says} {told[t.name]}".strip(),
                              "Calibrate on footage that looks like this clip, or compile again: no pass should leave a "
-                             "scale like this." if told else
+                             "scale like this." if told[t.name] else
                              "Calibrate on footage that looks like this clip (`--calib`), or on more of it."))
     return found
 
 
-def _rescaled(name: str, dumps: Sequence[tuple[str, Path]]) -> str:
-    """At which pass the width of a tensor's grid changed most, if it at least doubled or halved."""
-    widths = []
-    for step, path in dumps:
-        ends = range_of(Graph.load(path), name)
-        if ends is not None and ends[1] > ends[0]:
-            widths.append((step, ends[1] - ends[0]))
-    jumps = [(abs(np.log2(new / old)), step, new / old)
-             for (_, old), (step, new) in pairwise(widths)]
+def _rescaled(name: str, graphs: Sequence[tuple[str, Graph]]) -> str:
+    """After which pass the width of a tensor's grid changed most, if it at least doubled or halved."""
+    ends = [(step, range_of(graph, name)) for step, graph in graphs]
+    widths = [(step, found[1] - found[0]) for step, found in ends if found is not None and found[1] > found[0]]
+    jumps = [(abs(np.log2(new / old)), step, new / old) for (_, old), (step, new) in pairwise(widths)]
     size, step, factor = max(jumps, default=(0.0, "", 1.0))
     if size < 1.0:
         return ""
