@@ -309,8 +309,11 @@ class _Reconstruction:
                                    [float_read])[float_read]
                 return Moments.of(layer.columns(x, offset), layer.columns(y, offset))
 
-            first, *others = self.lanes.map(moments, picks)
-            found = sum(others, start=first)
+            found, at_once = None, LANES * processes.count()
+            for start in range(0, len(picks), at_once):         # each is as large as H
+                for part in self.lanes.map(moments, picks[start:start + at_once]):
+                    found = part if found is None else found + part
+            assert found is not None
             bias = bias_of(node) if "bias" in recipe.learn else None
             scale = along(grid_scale(quantizer.scale), weight, quantizer.spec.axis).expand_as(weight)
             scale = layer.split(scale)[:, :, :1].double()

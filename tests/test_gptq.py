@@ -83,6 +83,17 @@ def test_what_it_does_not_know(unknown: Any):
     assert layer_of(node("Conv"), (4, 2, 3)) is None
 
 
+@pytest.mark.parametrize(("multiplies", "fits", "too_large"), [
+    (node("Conv"), (4, 512, 3, 3), (4, 513, 3, 3)),
+    (node("Conv", group=8), (9000, 4, 3, 3), (8, 4609, 1, 1)),
+    (node("MatMul"), (4608, 5000), (4609, 2)),
+    (node("Gemm", transB=1), (5000, 4608), (2, 4609)),
+])
+def test_layers_of_too_many_inputs_are_left(multiplies: Any, fits: tuple[int, ...], too_large: tuple[int, ...]):
+    assert layer_of(multiplies, fits) is not None
+    assert layer_of(multiplies, too_large) is None
+
+
 # -- rounding --------------------------------------------------------------------------------------------
 
 SCALE = torch.full((1, 6, 1), 0.2, dtype=torch.float64)

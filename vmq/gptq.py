@@ -41,6 +41,9 @@ FEW = 0.3
 """... and so much more for each input that a position of the sample stands for."""
 BLOCK = 64
 """Columns whose errors are passed on together."""
+MOST_INPUTS = 4608
+"""Inputs of a layer, at most: 512 channels under 3x3. H and all that is made of it take some 100 bytes for each pair,
+and the frames that are looked at do not tell many more inputs apart."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,14 @@ class Layer:
 
 
 def layer_of(node: Any, shape: Sequence[int]) -> Layer | None:
-    """How a node with a constant weight of some shape multiplies; None where this module does not know it."""
+    """How a node with a constant weight of some shape multiplies; None where it is unknown, or has too many inputs."""
     attrs = node.attrs
     if node.op == "Conv" and len(shape) == 4 and attrs.get("auto_pad", "NOTSET") == "NOTSET":
         groups, kernel = attrs.get("group", 1), (shape[2], shape[3])
         stride, dilation = (tuple(attrs.get(key, (1, 1))) for key in ("strides", "dilations"))
         top, left, bottom, right = attrs.get("pads", (0, 0, 0, 0))
+        if math.prod(shape[1:]) > MOST_INPUTS:
+            return None
 
         def columns(x: Tensor, offset: Sequence[float]) -> Tensor:
             x = F.pad(x, (left, right, top, bottom))
@@ -80,6 +85,8 @@ def layer_of(node: Any, shape: Sequence[int]) -> Layer | None:
     if len(shape) == 2 and (node.op == "MatMul" or (node.op == "Gemm" and not attrs.get("transA", 0)
                                                     and attrs.get("alpha", 1.0) == 1.0)):
         turned = bool(node.op == "Gemm" and attrs.get("transB", 0))
+        if shape[1 if turned else 0] > MOST_INPUTS:
+            return None
 
         def rows(x: Tensor, offset: Sequence[float]) -> Tensor:
             x = x.reshape(-1, x.shape[-1])
