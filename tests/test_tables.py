@@ -236,6 +236,34 @@ def test_seeds_give_a_mean_and_a_spread(tables: ModuleType, arguments: list[str]
     assert len(counted.commands) == 7
 
 
+def test_what_another_run_computes_meanwhile_is_not_computed_again(tables: ModuleType) -> None:
+    jobs = [tables.Job("mse", bits, "fast", 0, "calib") for bits in ("8", "4")]
+
+    class Shared:
+        """Where the first compile takes so long that another run does all the rest."""
+
+        def __init__(self) -> None:
+            self.done, self.computed = set[Any](), list[str]()
+
+        def missing(self, job: Any, labels: list[str]) -> tuple[bool, list[str]]:
+            return job not in self.done, [label for label in labels if (job, label) not in self.done]
+
+        def last_time(self, job: Any, label: str | None) -> None:
+            pass
+
+        def compile(self, job: Any) -> None:
+            self.computed.append(job.bits)
+            self.done |= {job, jobs[1], (jobs[1], "eval")}
+
+        def evaluate(self, job: Any, label: str) -> None:
+            self.computed.append(f"{job.bits} on {label}")
+            self.done.add((job, label))
+
+    shared = Shared()
+    tables.compute(shared, {job: ["eval"] for job in jobs}, lambda: None)
+    assert shared.computed == ["8", "8 on eval"]
+
+
 def test_recipes_are_made_of_shipped_ones(tables: ModuleType, tmp_path: Path) -> None:
     rows = tables.rows
     load = {name: rows.Recipe.load(rows.write_recipe(name, tmp_path)) for name in rows.RECIPES}

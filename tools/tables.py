@@ -71,21 +71,24 @@ def plan(bench: Bench, chosen: Mapping[Job | None, Sequence[str]]) -> list[str]:
 
 
 def compute(bench: Bench, chosen: Mapping[Job | None, Sequence[str]], after: Callable[[], None]) -> None:
-    """Compute what is missing, one thing after the other; `after` is called after each."""
-    work = {job: bench.missing(job, labels) for job, labels in chosen.items()}
-    left = sum(lost + len(unscored) for lost, unscored in work.values())
-    for job, (lost, unscored) in work.items():
-        error = None
+    """Compute what is missing, one thing after the other; `after` is called after each.
+
+    What is missing is looked up as late as possible: another run into the same folder may have computed it.
+    """
+    jobs = list(chosen.items())
+    for index, (job, labels) in enumerate(jobs):
+        lost, unscored = bench.missing(job, labels)
         for label in ([None] if lost else []) + unscored:
-            if error is None:
-                seconds = bench.last_time(job, label)
-                took = "" if seconds is None else f", {seconds / 60:.1f} min last time"
-                _say(f"{_what(job, label)} ({left} to go{took})")
-                error = bench.compile(job) if job and label is None else bench.evaluate(job, str(label))
-                if error:
-                    _say(f"error: {error}")
-                after()
-            left -= 1
+            count = sum(lost + len(unscored) for lost, unscored in (bench.missing(*rest) for rest in jobs[index:]))
+            seconds = bench.last_time(job, label)
+            took = "" if seconds is None else f", {seconds / 60:.1f} min last time"
+            _say(f"{_what(job, label)} ({count} to go{took})")
+            error = bench.compile(job) if job and label is None else bench.evaluate(job, str(label))
+            if error:
+                _say(f"error: {error}")
+            after()
+            if error:
+                break
 
 
 def _what(job: Job | None, label: str | None) -> str:
