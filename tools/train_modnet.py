@@ -116,11 +116,11 @@ def check(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description="Train a small MODNet on footage with alpha.",
-                                     epilog="example: tools/train_modnet footage/ --steps 600 -o modnet_small.pth")
+                                     epilog="example: tools/train_modnet footage/ -o modnet_small.pth")
     add = parser.add_argument
     add("footage", nargs="*", type=Path, help="folders with com/ and pha/, or of such (default: built-in clips)")
     add("--size", type=parse_size, default=(96, 160), metavar="WxH", help="of what is learned on (default 160x96)")
-    add("--steps", type=int, default=600)
+    add("--steps", type=int, default=1500)
     add("--batch", type=int, default=4)
     add("--rate", type=float, default=2e-3)
     add("--detail", type=int, default=16, metavar="N", help="channels of the detail branch (default 16; authors: 32)")
