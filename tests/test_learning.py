@@ -280,7 +280,8 @@ def expected_constants(graph: Graph) -> dict[str, set[str]]:
     for node in graph.nodes:
         if node.op == "QuantizeLinear" and node.inputs[2].dtype.name == "uint4":
             found["scale"].add(node.inputs[1].name)
-            found["zero"].add(node.inputs[2].name)
+            if [n.op for n in node.inputs[0].inputs] not in (["Relu"], ["Sigmoid"], ["HardSigmoid"]):
+                found["zero"].add(node.inputs[2].name)
         elif node.op == "QuantizeLinear" and node.inputs[2].dtype.name in ("int4", "int8"):
             found["weight"].add(node.inputs[0].name)
             found["weight_scale"].add(node.inputs[1].name)
@@ -335,6 +336,17 @@ def test_constants_of_other_tools_that_must_stay_equal_count_once():
     assert [(p.kind, p.constant) for p in found] == [("scale", "s"), ("zero", "z1")]
 
 
+@pytest.mark.parametrize(("makes", "learned"), [
+    ("Relu (x)", False), ("Sigmoid (x)", False), ("HardSigmoid (x)", False), ("Clip (x, none, six)", True),
+    ("Clip (x, none)", False), ("HardSwish (x)", True), ("Identity (x)", True)])
+def test_what_is_never_negative_keeps_its_zero_point(makes: str, learned: bool):
+    low = "-6" if makes.endswith("six)") else "0"
+    graph = load(f"""(float[2,3,5] x) => (float[2,3,5] y) <float s = {{0.05}}, uint4 z = {{0}}, float none = {{{low}}},
+                    float six = {{6}}> {{ a = {makes}  q = QuantizeLinear (a, s, z)  y = DequantizeLinear (q, s, z) }}""")
+    found = [p.kind for p in parameters(Shadow(graph), KINDS)]
+    assert found == (["scale", "zero"] if learned else ["scale"])
+
+
 def test_steps_are_relative(quantized: Graph):
     units = {p.constant: p for p in parameters(Shadow(quantized), KINDS)}
     by_name = {c.name: np.asarray(c.values) for c in quantized.constants()}
@@ -346,7 +358,7 @@ def test_steps_are_relative(quantized: Graph):
             assert np.array_equal(units[scale].unit.numpy(), by_name[scale])
         elif node.op == "QuantizeLinear" and node.inputs[2].dtype.name == "uint4":
             assert units[node.inputs[1].name].unit == float(by_name[node.inputs[1].name])
-            assert units[node.inputs[2].name].unit == 1.0
+            assert node.inputs[2].name not in units or units[node.inputs[2].name].unit == 1.0
     behind = {"deep": "b", "point": "point"}                   # a layer's result is rounded behind its Relu
     for layer, value in behind.items():
         conv = quantized.value(layer).inputs[0]

@@ -70,6 +70,14 @@ def clip_limits(node: Any) -> tuple[float, float] | None:
     return ends[0], ends[1]
 
 
+def never_negative(value: Any) -> bool:
+    """True for what a Relu, a sigmoid or a Clip at 0 or above makes."""
+    if not value.inputs:
+        return False
+    limits = clip_limits(value.inputs[0])
+    return value.inputs[0].op in ("Relu", "Sigmoid", "HardSigmoid") or (limits is not None and limits[0] >= 0.0)
+
+
 def kinds_of(graph: Graph, target: Target, state_outputs: Collection[str], recurrent: Collection[str],
              ) -> dict[str, set[str]]:
     """The kinds of each multiply-add node, by node name.

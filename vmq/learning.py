@@ -3,7 +3,9 @@
     weight         the float weight behind a quantizer, straight through its rounding
     rounding       up or down, for each weight: AdaRound's soft rounding (`SoftRounding`)
     weight_scale   scale of a weight, a channel at a time
-    scale, zero    scale and zero point of a 4-bit activation (LSQ, LSQ+); those of 8-bit ones are as good as found
+    scale, zero    scale and zero point of a 4-bit activation (LSQ, LSQ+); those of 8-bit ones are as good as found. What
+                   is never negative, as behind a Relu, has its zero point at the grid's lower end, where it stays:
+                   elsewhere it would cost a level
     bias           of a layer
 
 Rates are relative: a step of 1 is as long as a quantization step for weights and biases, as the scale itself for
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 from vmq.fakequant import FakeQuantize, along, grid_scale, grid_zero
 from vmq.graph import Constant, Graph
 from vmq.lanes import generator
+from vmq.layers import never_negative
 from vmq.shadow import Shadow
 
 KINDS = ("weight", "rounding", "weight_scale", "scale", "zero", "bias")
@@ -70,7 +73,9 @@ def parameters(shadow: Shadow, kinds: Collection[str], nodes: Collection[str] | 
                 _add(found, kinds, "weight_scale", node.inputs[1].name, scale, unit)
             elif not constant and np.dtype(node.inputs[2].dtype).name == "uint4":
                 _add(found, kinds, "scale", node.inputs[1].name, scale, unit)
-                _add(found, kinds, "zero", node.inputs[2].name, shadow.parameter(node.inputs[2].name), torch.ones(()))
+                if not never_negative(node.inputs[0]):
+                    zero = shadow.parameter(node.inputs[2].name)
+                    _add(found, kinds, "zero", node.inputs[2].name, zero, torch.ones(()))
         elif len(node.inputs) > 2 and isinstance(node.inputs[2], Constant) and _step_of(node) is not None:
             bias = shadow.parameter(node.inputs[2].name)
             _add(found, kinds, "bias", node.inputs[2].name, bias, torch.full_like(bias.detach(), _step_of(node) or 1.0))
