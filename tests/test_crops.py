@@ -98,6 +98,17 @@ def test_rvm_at_half_the_size_is_its_export_there(exported: Callable[..., Graph]
     same_function(half, there, 2e-6)
 
 
+@pytest.mark.parametrize(("size", "ratio", "becomes"), [
+    ((68, 120), 1.0, (48, 64)), ((66, 64), 1.0, (48, 32)), ((270, 480), 0.5, (160, 256))])
+def test_rvm_at_a_size_that_cannot_be_halved(exported: Callable[..., Graph], size: tuple[int, int], ratio: float,
+                                             becomes: tuple[int, int]):
+    refiner = None if ratio == 1.0 else "deep"
+    full, smaller = (exported(*s, refiner=refiner, downsample_ratio=ratio) for s in (size, becomes))
+    for graph in (full, smaller):
+        run_to("fold_shapes", graph, "8", clips(1, 1, sizes(graph)["src"][2:]))
+    same_function(resized(full, 0.5), smaller, 2e-6)
+
+
 def test_rvm_with_refiner(exported: Callable[..., Graph]):
     full, half = (exported(*size, refiner="deep", downsample_ratio=0.5) for size in ((64, 128), (32, 64)))
     for graph in (full, half):
@@ -133,8 +144,10 @@ def strided(height: int, width: int) -> Graph:
 
 
 def test_sizes_that_do_not_halve_are_refused():
-    with pytest.raises(ModelError, match=r"a tensor of \[1, 3, 9, 8\] cannot be made 0.5 times as large"):
-        resized(at(GRU, 9, 8), 0.5)
+    apart = load("""(float[1,3,9,8] src, float[1,3,4,8] r) => (float[1,3,9,8] pha, float[1,3,4,8] s) {
+        pha = Relu (src)  s = Relu (r) }""")
+    with pytest.raises(ModelError, match=r"sides of \[4, 9\] cannot be made 0.5 times as large"):
+        resized(apart, 0.5)                        # 4 is neither half of 9 nor rounded up
     same_function(resized(strided(16, 24), 0.5), strided(8, 12), 0.0)
     with pytest.raises(ModelError):
         resized(strided(8, 12), 0.5)               # the inner sizes, 2 and 3, are odd
@@ -168,7 +181,8 @@ def test_halved_as_often_as_allowed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(crops, "SHORT_SIDE", 8)
     assert height(at(GRU, 32, 40)) == 8
     assert height(at(GRU, 36, 72)) == 9
-    assert height(at(GRU, 17, 64)) == 17
+    assert height(at(GRU, 17, 64)) == 9
+    assert height(at(GRU, 14, 64)) == 14           # of 7 the network would see too little
     assert height(strided(64, 32)) == 16
     assert height(strided(48, 48)) == 12           # 12 / 4 is whole, 6 / 4 is not
     monkeypatch.setattr(crops, "SHORT_SIDE", 1)

@@ -7,7 +7,8 @@ number n is drawn from the seed and n alone, so that work can be shared out and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import cv2
@@ -22,6 +23,9 @@ from vmq.graph import Constant, Graph
 
 SHORT_SIDE = 128
 """Crops are halved until their shorter side would be less than this."""
+SHORTEST = 8
+"""Nor is the shorter side of the smallest state made less than this: a network that looks at a small copy of a large
+frame still has something to see."""
 BACKWARDS = 0.15
 """Share of sequences that run backwards."""
 GAIN, GAMMA = 0.15, 0.2
@@ -29,48 +33,55 @@ GAIN, GAMMA = 0.15, 0.2
 
 
 def crop_graph(graph: Graph, frame_input: str) -> Graph:
-    """A copy of a static graph at the size of a crop: its frame halved as often as `SHORT_SIDE` and its shapes allow.
+    """A copy of a static graph at the size of a crop: its frame halved as often as `SHORT_SIDE`, `SHORTEST` and its
+    shapes allow.
 
     Args:
         graph: with static shapes.
         frame_input: the input [1,3,H,W].
     """
-    best = graph.copy()
+    best, ratio = graph.copy(), 0.5
     frame = next(v for v in graph.inputs if v.name == frame_input)
-    ratio = 0.5
     while ratio * min(frame.shape[2:]) >= SHORT_SIDE:
         try:
-            best = resized(graph, ratio)
+            smaller = resized(graph, ratio)
         except ModelError:
             break
-        ratio /= 2
+        if min(min(v.shape[2:]) for v in smaller.inputs if _is_picture(v.shape)) < SHORTEST:
+            break
+        best, ratio = smaller, ratio / 2
     return best
 
 
 def resized(graph: Graph, ratio: float) -> Graph:
     """A copy of a static graph whose pictures, states and sizes to resize to are `ratio` times as high and wide.
 
+    Where that is not whole, they are a little larger, if all of them are halves of halves, rounded up, as strides make
+    them: of 270, 135, 68, 34 and 17 half is 144, 72, 36, 18 and 9.
+
     Raises:
-        ModelError: a height or width is not whole then, or the shapes in the graph do not follow.
+        ModelError: there is no such size, or the shapes in the graph do not follow.
     """
     copy = graph.copy()
-
-    def scaled(shape: Sequence[int]) -> list[int]:
-        sides = [d * ratio for d in shape[2:]]
-        if any(s != int(s) for s in sides):
-            raise ModelError(f"a tensor of {list(shape)} cannot be made {ratio} times as large")
-        return [*shape[:2], *map(int, sides)]
-
-    pooled = {tuple(v.shape) for v in graph.values() if v.shape and len(v.shape) == 4 and tuple(v.shape[2:]) == (1, 1)}
-    for value in copy.inputs:
-        if len(value.shape) == 4 and tuple(value.shape) not in pooled:
-            value.shape = scaled(value.shape)
+    pooled = {tuple(v.shape) for v in graph.values() if v.shape and len(v.shape) == 4 and not _is_picture(v.shape)}
+    sized = []
     for node in copy.nodes:
         place = {"Expand": 1, "Resize": 3}.get(node.op)
         if place is not None and len(node.inputs) > place and isinstance(node.inputs[place], Constant):
             sizes = np.asarray(node.inputs[place].values)
             if sizes.size == 4 and tuple(sizes) not in pooled:
-                node.inputs[place] = copy.constant("size", np.asarray(scaled(sizes.tolist()), np.int64))
+                sized.append((node, place, sizes.tolist()))
+    shapes = [v.shape for v in (*graph.inputs, *graph.outputs) if v.shape and _is_picture(v.shape)]
+    sides = [_scaled({s[axis] for s in (*shapes, *(s for *_, s in sized))}, ratio) for axis in (2, 3)]
+
+    def scaled(shape: Sequence[int]) -> list[int]:
+        return [*shape[:2], sides[0][shape[2]], sides[1][shape[3]]]
+
+    for value in copy.inputs:
+        if _is_picture(value.shape):
+            value.shape = scaled(value.shape)
+    for node, place, sizes in sized:
+        node.inputs[place] = copy.constant("size", np.asarray(scaled(sizes), np.int64))
     expected = {v.name: v.shape for v in copy.outputs}
     for value in copy.values():
         if not isinstance(value, Constant) and value.inputs:
@@ -78,10 +89,27 @@ def resized(graph: Graph, ratio: float) -> Graph:
     copy.infer_shapes()
     for value in copy.outputs:
         shape = expected[value.name]
-        want = scaled(shape) if shape and len(shape) == 4 and tuple(shape) not in pooled else shape
+        want = scaled(shape) if shape and _is_picture(shape) else shape
         if list(value.shape or []) != list(want or []):
             raise ModelError(f"output {value.name} is {value.shape} at {ratio} of the size, not {want}")
     return copy
+
+
+def _is_picture(shape: Sequence[int]) -> bool:
+    return len(shape) == 4 and tuple(shape[2:]) != (1, 1)
+
+
+def _scaled(sides: Collection[int], ratio: float) -> dict[int, int]:
+    """What each of these heights, or widths, becomes."""
+    if all(side * ratio == int(side * ratio) for side in sides):
+        return {side: int(side * ratio) for side in sides}
+    halves = [max(sides)]
+    while halves[-1] > min(sides):
+        halves.append((halves[-1] + 1) // 2)
+    if not set(sides) <= set(halves):
+        raise ModelError(f"sides of {sorted(sides)} cannot be made {ratio} times as large")
+    last = math.ceil(halves[0] * ratio / 2 ** (len(halves) - 1))
+    return {side: last * 2 ** (len(halves) - 1 - k) for k, side in enumerate(halves)}
 
 
 class Crops:

@@ -3,8 +3,8 @@
     weight         the float weight behind a quantizer, straight through its rounding
     rounding       up or down, for each weight: AdaRound's soft rounding (`SoftRounding`)
     weight_scale   scale of a weight, a channel at a time
-    scale, zero    scale and zero point of a 4-bit activation (LSQ, LSQ+); those of 8-bit ones are as good as found. What
-                   is never negative, as behind a Relu, has its zero point at the grid's lower end, where it stays:
+    scale, zero    scale and zero point of a 4-bit activation (LSQ, LSQ+); those of 8-bit ones are as good as found.
+                   What is never negative, as behind a Relu, keeps its zero point, the lower end of the grid:
                    elsewhere it would cost a level
     bias           of a layer
 
