@@ -17,7 +17,9 @@ from onnx_text import load, ops, parse, run
 
 from models import rvm
 from vmq.errors import ModelError, OutputError
-from vmq.graph import IR_VERSION, Constant, Graph, Variable, file_size, write_atomic
+from vmq.files import write_atomic
+from vmq.graph import IR_VERSION, Constant, Graph, Variable
+from vmq.proto import file_size
 from vmq.text import format_graph
 
 CHAIN = """(float[1,3,4,4] x, float[3,3,1,1] w_a) => (float[1,3,4,4] y) {

@@ -28,8 +28,10 @@ from vmq.bench import processor
 from vmq.clips import Clip, fingerprint, open_clips
 from vmq.errors import VmqError
 from vmq.evaluate import evaluate
-from vmq.graph import Graph, file_size, write_atomic
+from vmq.files import write_atomic
+from vmq.graph import Graph
 from vmq.pictures import Frame
+from vmq.proto import file_size
 from vmq.recipe import Recipe
 from vmq.runtime import Session
 from vmq.synthetic import synthetic_clips

@@ -40,7 +40,7 @@ from comparison.rows import ROOT
 from vmq.bench import bench, processor
 from vmq.clips import open_clips, sample_clips
 from vmq.errors import ModelError, OptionError, VmqError
-from vmq.graph import write_atomic
+from vmq.files import write_atomic
 from vmq.runtime import Session
 from vmq.spec import EFFORTS, Bits
 

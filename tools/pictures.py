@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from vmq.clips import Clip, open_clips
 from vmq.errors import ModelError, OptionError, VmqError
-from vmq.graph import check_output, write_atomic
+from vmq.files import check_output, write_atomic
 from vmq.matting import set_ratio, to_uint8
 from vmq.pictures import Frame
 from vmq.runtime import Session

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 
 from vmq.errors import MediaError, OptionError, VmqError
-from vmq.graph import check_output, write_atomic
+from vmq.files import check_output, write_atomic
 from vmq.report import inspect_dump
 from vmq.report_html import report_page
 

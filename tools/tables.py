@@ -18,7 +18,7 @@ from comparison.markdown import render
 from comparison.rows import ROOT, Job, Row
 
 from vmq.errors import OptionError, VmqError
-from vmq.graph import write_atomic
+from vmq.files import write_atomic
 from vmq.spec import Bits
 
 SHARED = ROOT.parent / "shared" / "data"

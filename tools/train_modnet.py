@@ -24,7 +24,7 @@ from models import modnet
 from models.exporting import parse_size, written_whole
 from vmq.clips import Clip, open_clips
 from vmq.errors import MediaError, OptionError, VmqError
-from vmq.graph import check_output
+from vmq.files import check_output
 from vmq.synthetic import synthetic_clips
 
 WARM_UP = 20

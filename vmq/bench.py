@@ -29,8 +29,9 @@ from numpy.typing import NDArray
 from vmq.bench_child import Kernel, serve
 from vmq.cost import Cost, cost_of, fill_shapes
 from vmq.errors import ModelError, OptionError
-from vmq.graph import Graph, file_size
+from vmq.graph import Graph
 from vmq.progress import Report, silent
+from vmq.proto import file_size
 from vmq.runtime import Session, default_ratio
 
 FREE_SIZE = (288, 512)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from vmq import processes
 from vmq.errors import OutputError
-from vmq.graph import write_atomic
+from vmq.files import write_atomic
 
 
 class Checkpoint:

@@ -109,7 +109,7 @@ def _passes(args: argparse.Namespace) -> None:
 
 def _inspect(args: argparse.Namespace) -> None:
     from vmq.compare import Comparison, compare_dumps
-    from vmq.graph import check_output, write_atomic
+    from vmq.files import check_output, write_atomic
     from vmq.report import Inspection, inspect_dump
 
     if args.html is not None:

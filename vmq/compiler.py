@@ -24,10 +24,12 @@ from vmq.checkpoint import Checkpoint
 from vmq.clips import Clip, fingerprint, open_clips, sample_clips
 from vmq.dump import Dump
 from vmq.errors import MediaError, OptionError, OutputError
-from vmq.graph import Graph, check_output, file_size
+from vmq.files import check_output
+from vmq.graph import Graph
 from vmq.lanes import check_device
 from vmq.lock import locked
 from vmq.pipeline import Context, Observer, Pass, PassResult, run_passes
+from vmq.proto import file_size
 from vmq.recipe import Recipe
 from vmq.report import chosen_lines
 from vmq.runtime import NORMALIZATION_KEY, Session, check_first_alpha

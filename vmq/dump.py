@@ -31,7 +31,8 @@ from numpy.typing import NDArray
 
 from vmq import __version__
 from vmq.errors import MediaError, OutputError
-from vmq.graph import Graph, write_atomic
+from vmq.files import write_atomic
+from vmq.graph import Graph
 from vmq.pipeline import Context, Observer, Pass, PassResult
 from vmq.runtime import FIRST_ALPHA_KEY
 from vmq.text import diff_graphs, format_graph

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from vmq.errors import FetchError, OptionError, OutputError, VmqError
-from vmq.graph import check_output
+from vmq.files import check_output
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the release needs none of it
     from torch import Tensor

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from vmq.clips import natural
 from vmq.errors import FetchError, MediaError, OptionError, OutputError
-from vmq.graph import write_atomic
+from vmq.files import write_atomic
 from vmq.pictures import Frame, Size
 
 Floats = NDArray[np.float32]

@@ -9,15 +9,11 @@ asks what a node is called.
 from __future__ import annotations
 
 import heapq
-import math
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import google.protobuf.message
-import ml_dtypes
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -25,20 +21,16 @@ from numpy.typing import NDArray
 from onnx_graphsurgeon import Constant, Node, Variable
 from onnx_graphsurgeon.logger import G_LOGGER
 
-from vmq.errors import ModelError, OutputError
+from vmq.errors import ModelError
+from vmq.files import write_atomic
+from vmq.proto import FOUR_BIT, constants_as_initializers, first_line, read_proto, refuse_unsupported
 
-__all__ = ["IR_VERSION", "OPSET", "Constant", "Graph", "Node", "Variable", "check_output", "file_size",
-           "write_atomic"]
+__all__ = ["IR_VERSION", "OPSET", "Constant", "Graph", "Node", "Variable"]
 
 OPSET = 21
 """The opset that vmq works in: the first with 4-bit integers in QuantizeLinear."""
 IR_VERSION = 10
 """The file version that goes with it; every ONNX Runtime with that opset reads it."""
-
-LARGEST = (1 << 31) - 1
-"""Bytes that protobuf, and so a model, can hold."""
-
-_FOUR_BIT = (np.dtype(ml_dtypes.int4), np.dtype(ml_dtypes.uint4))
 
 G_LOGGER.severity = G_LOGGER.ERROR
 
@@ -67,20 +59,20 @@ class Graph:
         Raises:
             ModelError: not a file, not ONNX, truncated, invalid, or holding control flow.
         """
-        model, label = _read_proto(source)
+        model, label = read_proto(source)
         try:
-            _refuse_unsupported(model, label)
-            return cls(gs.import_onnx(_constants_as_initializers(model)),
+            refuse_unsupported(model, label)
+            return cls(gs.import_onnx(constants_as_initializers(model)),
                        {p.key: p.value for p in model.metadata_props})
         except ModelError:
             raise
         except (ValueError, KeyError, AttributeError, gs.OnnxGraphSurgeonException) as error:
-            raise ModelError(f"{label}: the graph cannot be read ({_first_line(error)})") from error
+            raise ModelError(f"{label}: the graph cannot be read ({first_line(error)})") from error
 
     def to_proto(self) -> onnx.ModelProto:
         """The model as ONNX protobuf."""
         # onnx-graphsurgeon writes 4-bit constants unpacked: a stand-in goes out, the packed form goes in.
-        packed = [t for t in self.constants() if t.dtype in _FOUR_BIT]
+        packed = [t for t in self.constants() if t.dtype in FOUR_BIT]
         values = {t.name: t.values for t in packed}
         try:
             for tensor in packed:
@@ -128,7 +120,7 @@ class Graph:
         try:
             onnx.checker.check_model(self.to_proto(), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, RuntimeError) as error:
-            raise ModelError(f"invalid ONNX: {_first_line(error)}") from error
+            raise ModelError(f"invalid ONNX: {first_line(error)}") from error
 
     # -- reading ------------------------------------------------------------------------------------
 
@@ -298,7 +290,7 @@ class Graph:
         try:
             inferred = onnx.shape_inference.infer_shapes(self.to_proto(), strict_mode=True, data_prop=True)
         except (onnx.shape_inference.InferenceError, RuntimeError) as error:
-            raise ModelError(f"shapes do not fit together: {_first_line(error)}") from error
+            raise ModelError(f"shapes do not fit together: {first_line(error)}") from error
         info = {v.name: v.type.tensor_type for v in (*inferred.graph.value_info, *inferred.graph.output)}
         for value in self.values():
             if isinstance(value, Variable) and value.name in info:
@@ -343,215 +335,3 @@ class Graph:
                 name = f"{base}_{count}"
             node.name = name
             taken.add(name)
-
-
-def check_output(path: Path) -> None:
-    """Find out before the work, not after it, that a file has nowhere to go.
-
-    Raises:
-        OutputError: it is a folder or a device, or its folder does not exist or is not writable.
-    """
-    try:
-        if path.is_dir():
-            raise OutputError(f"cannot write {path}: it is a folder; give a file name")
-        if path.exists() and not path.is_file():
-            raise OutputError(f"cannot write {path}: it is a device, which would be replaced; give a file name")
-        if not path.parent.is_dir():
-            raise OutputError(f"cannot write {path}: there is no folder {path.parent}; create it, or choose another")
-    except OutputError:
-        raise
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
-    if not os.access(path.parent, os.W_OK):
-        raise OutputError(f"cannot write {path}: {path.parent} is not writable; choose another place")
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: into a temporary file beside it, then moved into place.
-
-    Raises:
-        OutputError: as `check_output`, or the disk is full.
-    """
-    check_output(path)
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as handle:
-            temporary = Path(handle.name)
-            try:
-                handle.write(content)
-                handle.flush()
-                os.fsync(handle.fileno())
-                temporary.chmod(0o644)
-                temporary.replace(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OutputError(f"cannot write {path}: {reason}; make room, or choose another place") from error
-
-
-def file_size(path: str | os.PathLike[str]) -> int:
-    """Bytes of a model's file, and of the files beside it that hold its external data.
-
-    Raises:
-        ModelError: the file cannot be read.
-    """
-    path = Path(path)
-    try:
-        model = onnx.load_from_string(path.read_bytes())
-        names = {onnx.external_data_helper.ExternalDataInfo(t).location for t in _external(model)}
-        return sum((path.parent / name).stat().st_size for name in {path.name, *names})
-    except (OSError, google.protobuf.message.DecodeError) as error:
-        raise ModelError(f"{path} cannot be read: {_first_line(error)}") from error
-
-
-def _read_proto(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> tuple[onnx.ModelProto, str]:
-    """Parse and check a model; returns it with the name to call it by in messages."""
-    if isinstance(source, onnx.ModelProto):
-        copy = onnx.ModelProto()
-        copy.CopyFrom(source)
-        return copy, "model"
-    label = "model" if isinstance(source, bytes) else str(source)
-    try:
-        if not isinstance(source, bytes):
-            path = Path(source)
-            if path.is_dir():
-                raise ModelError(f"{label} is a folder; give an ONNX file")
-            if path.exists() and not path.is_file():
-                raise ModelError(f"{label} is a device or a pipe; give an ONNX file")
-            if path.exists() and path.stat().st_size > LARGEST:
-                raise ModelError(f"{label} has {path.stat().st_size / 1e9:.1f} GB, and an ONNX file at most 2; give an "
-                                 "ONNX file")
-            model = onnx.load_from_string(path.read_bytes())
-        else:
-            model = onnx.load_from_string(source)
-    except ModelError:
-        raise
-    except FileNotFoundError as error:
-        raise ModelError(f"{label} does not exist; give an ONNX file (`vmq fetch rvm` gets one)") from error
-    except OSError as error:
-        raise ModelError(f"{label} cannot be read: {error.strerror or error}") from error
-    except (google.protobuf.message.DecodeError, ValueError) as error:
-        raise ModelError(f"{label} is not an ONNX model, or is truncated ({_first_line(error)})") from error
-    if not isinstance(source, bytes):
-        try:
-            _bound_external_data(model, label)
-            onnx.load_external_data_for_model(model, str(path.parent))
-        except ModelError:
-            raise
-        except (OSError, onnx.checker.ValidationError, ValueError, KeyError) as error:
-            raise ModelError(f"{label}: its external data cannot be read ({_first_line(error)})") from error
-    if not model.graph.node or not model.opset_import:
-        raise ModelError(f"{label} is not an ONNX model, or is empty: it has no nodes")
-    try:
-        onnx.checker.check_model(model)
-    except (onnx.checker.ValidationError, ValueError, RuntimeError) as error:
-        _, _, where = str(error).partition("==> Context: ")      # names the node
-        raise ModelError(f"{label} is not valid ONNX: {_first_line(error)}"
-                         + (f" ({where.strip()[:200]})" if where else "")
-                         + "; export it again, with standard operators only") from error
-    return model, label
-
-
-def _external(model: onnx.ModelProto) -> list[onnx.TensorProto]:
-    """The tensors whose data are in another file."""
-    return [t for t in _tensors(model.graph) if onnx.external_data_helper.uses_external_data(t)]
-
-
-def _bound_external_data(model: onnx.ModelProto, label: str) -> None:
-    """Note with every tensor in another file how many bytes it has, so that no more than these are read.
-
-    Raises:
-        ModelError: they are more than an ONNX file could hold, or the model gives another number itself.
-        ValueError: it gives what is no number.
-    """
-    total = 0
-    for tensor in _external(model):
-        kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
-        size = max(0, math.prod(tensor.dims) * kind.itemsize)
-        size = (size + 1) // 2 if kind in _FOUR_BIT else size
-        total += size
-        given = [entry.value for entry in tensor.external_data if entry.key == "length"]
-        wrong = next((length for length in given if int(length) != size), None)
-        if wrong is not None:
-            raise ModelError(f"{label}: its external data cannot be read ({tensor.name!r} has {size} bytes by its type "
-                             f"and shape, and {wrong} by its length); export it again")
-        if not given:
-            tensor.external_data.add(key="length", value=str(size))
-    if total > LARGEST:
-        raise ModelError(f"{label}: its external data are {total / 1e9:.1f} GB, more than vmq takes (2)")
-
-
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """All tensors of a graph and of those within it: weights, and what nodes have as attributes."""
-    yield from graph.initializer
-    for attribute in (a for n in graph.node for a in n.attribute):
-        yield from (attribute.t, *attribute.tensors)
-        for inner in (attribute.g, *attribute.graphs):
-            yield from _tensors(inner)
-
-
-def _refuse_unsupported(model: onnx.ModelProto, label: str) -> None:
-    texts: list[Any] = [model.graph.name, *(t for p in model.metadata_props for t in (p.key, p.value))]
-    if any(isinstance(t, bytes) for t in texts):     # protobuf hands out what is not UTF-8 as bytes
-        raise ModelError(f"{label} is damaged: names or metadata in it are not UTF-8")
-    for value in (*model.graph.input, *model.graph.output):
-        if not value.type.HasField("tensor_type"):
-            raise ModelError(f"{label}: {value.name} is no tensor; export the model with tensors only")
-        kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
-        if kind.isbuiltin != 1:       # numpy does not know it by itself: bfloat16, float8, 4 bits
-            raise ModelError(f"{label}: {value.name} is {kind.name}; export the model in float32")
-    for tensor in model.graph.initializer:
-        if onnx.external_data_helper.uses_external_data(tensor):
-            raise ModelError(f"{label}: the data of {tensor.name!r} are in another file; give the model's path")
-    if model.graph.sparse_initializer:
-        raise ModelError(f"{label}: weight {model.graph.sparse_initializer[0].values.name!r} is stored sparse, which "
-                         "is not supported; export the model with dense weights")
-    for node in model.graph.node:
-        name = node.name or (node.output[0] if node.output else "?")
-        if any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in node.attribute):
-            raise ModelError(f"{label}: node {name!r} is {node.op_type}, and control flow is not supported; "
-                             "export the model without it (trace one path)")
-        if node.domain not in ("", "ai.onnx"):
-            raise ModelError(f"{label}: node {name!r} is {node.domain}.{node.op_type}, which is not a standard "
-                             "ONNX operator; export the model with standard operators only")
-
-
-def _constants_as_initializers(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Turn Constant nodes into initializers, all stored alike, and take initializers out of the inputs."""
-    graph = model.graph
-    kept = []
-    for node in graph.node:
-        if node.op_type != "Constant":
-            kept.append(node)
-            continue
-        attribute = node.attribute[0]
-        if attribute.name == "value":
-            tensor = onnx.TensorProto()
-            tensor.CopyFrom(attribute.t)
-        elif attribute.name in ("value_float", "value_floats"):
-            tensor = onnx.numpy_helper.from_array(np.asarray(onnx.helper.get_attribute_value(attribute), np.float32))
-        elif attribute.name in ("value_int", "value_ints"):
-            tensor = onnx.numpy_helper.from_array(np.asarray(onnx.helper.get_attribute_value(attribute), np.int64))
-        else:
-            raise ModelError(f"constant {node.output[0]!r} is a {attribute.name}, which is not supported")
-        tensor.name = node.output[0]
-        graph.initializer.append(tensor)
-    for tensor in graph.initializer:       # as they are written again once a pass has read their values
-        if not tensor.HasField("raw_data"):
-            tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor), tensor.name))
-        tensor.ClearField("data_location")
-        tensor.ClearField("doc_string")
-    del graph.node[:]
-    graph.node.extend(kept)
-    names = {i.name for i in graph.initializer}
-    inputs = [i for i in graph.input if i.name not in names]
-    del graph.input[:]
-    graph.input.extend(inputs)
-    return model
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of an error's text that says something, cut to a readable length."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]

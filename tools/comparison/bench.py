@@ -23,7 +23,8 @@ from comparison.footage import Footage, Given, digest, moving_stills, resized
 from comparison.rows import ROOT, Job, Row, recipe_text, same_as_shipped, write_recipe
 from vmq.cost import cost_of
 from vmq.errors import OptionError, VmqError
-from vmq.graph import Graph, write_atomic
+from vmq.files import write_atomic
+from vmq.graph import Graph
 from vmq.runtime import Session
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vmq.errors import OptionError
-from vmq.graph import write_atomic
+from vmq.files import write_atomic
 from vmq.recipe import Recipe
 from vmq.spec import Bits
 
