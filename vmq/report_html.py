@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Iterable, Sequence
-from html import escape
-from importlib.resources import files
-from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,13 +12,22 @@ from vmq.compare import Change, Comparison
 from vmq.findings import Finding
 from vmq.report import UNCALIBRATED, Closure, Inspection, said
 from vmq.tensors import BINS, Tensor
-
-Picture = NDArray[np.uint8]
-"""[H,W,3] RGB or [H,W]."""
-
-STRIP = 6
-"""Width of a frame in a flicker strip, in pixels."""
-DASHES = ("", "7 3", "2 3", "9 3 2 3", "1 4", "5 5")
+from vmq.webpage import (
+    cell,
+    chart,
+    esc,
+    figure,
+    grey,
+    jpeg,
+    listing,
+    page,
+    png,
+    prose,
+    red_and_blue,
+    scroll,
+    sortable,
+    wide,
+)
 
 
 def report_page(seen: Inspection) -> str:
@@ -35,7 +39,7 @@ def report_page(seen: Inspection) -> str:
                 ("tensors", "Tensors", _tensors(seen)), ("wider", "Wider than nominal", _wider(seen)),
                 ("reproduce", "Reproduce", _reproduce(seen))]
     head = f"""<h1>What quantization did to the matte</h1>
-<p class="quiet">{_e(name)}</p>
+<p class="quiet">{esc(name)}</p>
 <h2 id="answer">What costs most, and what to try</h2>
 {answer(seen.findings)}
 {_facts(seen)}"""
@@ -47,7 +51,7 @@ def report_page(seen: Inspection) -> str:
 def comparison_page(seen: Comparison) -> str:
     """The page of two dumps side by side, as HTML."""
     head = f"""<h1>Two compiles side by side</h1>
-<p class="quiet">A: <code>{_e(seen.names[0])}</code><br>B: <code>{_e(seen.names[1])}</code></p>
+<p class="quiet">A: <code>{esc(seen.names[0])}</code><br>B: <code>{esc(seen.names[1])}</code></p>
 <h2 id="answer">Which is better</h2>
 {answer([seen.verdict])}
 {"" if seen.same_clip else "<p>Their frames differ in size: each was measured on its own probe clip.</p>"}"""
@@ -58,17 +62,17 @@ def comparison_page(seen: Comparison) -> str:
             continue
         bars = "".join(f'<span class="bar{" second" if i else ""}" style="width:{max(0.3, 100 * v / most):.1f}%">'
                        "</span>" for i, v in enumerate(both) if v is not None)
-        rows.append(f'<tr><th scope="row" class="name short">{_e(name)}</th>{_cell(both[0], 3)}{_cell(both[1], 3)}'
+        rows.append(f'<tr><th scope="row" class="name short">{esc(name)}</th>{cell(both[0], 3)}{cell(both[1], 3)}'
                     f'<td class="wide">{bars}</td></tr>')
     table = ('<table><thead><tr><th>pass</th><th class="n">A</th><th class="n">B</th><th><span aria-hidden="true">error'
              f'</span></th></tr></thead><tbody>{"".join(rows)}</tbody></table>')
     passes = ("<p>Error of alpha after each pass that changed one of them: mean |alpha − float alpha| × 10³. A is "
               "blue, B orange.</p>"
-              + _scroll("Passes", table))
+              + scroll("Passes", table))
     settings = listing((k, f"{said(a)} → {said(b)}") for k, (a, b) in seen.settings.items()) \
         if seen.settings else "<p>None.</p>"
     lines = [(name, i.loop.closed) for name, i in (("A", seen.first), ("B", seen.second)) if i.loop is not None]
-    time = "<p>The error of alpha, frame by frame, on own states.</p>" + _chart(lines, first=1)
+    time = "<p>The error of alpha, frame by frame, on own states.</p>" + chart(lines, first=1)
     sections = [("settings", "Settings that differ", settings), ("pipeline", "Pipeline", passes),
                 ("time", "Over time", time),
                 ("better", "Better in B", _changes(seen.better)), ("worse", "Worse in B", _changes(seen.worse)),
@@ -80,52 +84,18 @@ def comparison_page(seen: Comparison) -> str:
 def _changes(rows: Sequence[Change]) -> str:
     if not rows:
         return "<p>None.</p>"
-    body = [f'<tr><th scope="row" class="name" data-v="{_e(c.name)}">{_e(c.name)}</th>'
+    body = [f'<tr><th scope="row" class="name" data-v="{esc(c.name)}">{esc(c.name)}</th>'
             f'<td class="n {"better" if c.gain > 0 else "worse" if c.gain < 0 else ""}" data-v="{c.gain:.6g}">'
-            f"{c.gain:+.1f}</td>{_cell(c.before, 1)}{_cell(c.after, 1)}{_cell(c.bits[0])}{_cell(c.bits[1])}"
+            f"{c.gain:+.1f}</td>{cell(c.before, 1)}{cell(c.after, 1)}{cell(c.bits[0])}{cell(c.bits[1])}"
             f'<td data-v="{c.kind}">{c.kind}</td></tr>' for c in rows]
-    return _scroll("Tensors that changed", _table(
+    return scroll("Tensors that changed", sortable(
         [("tensor", False), ("change dB", True), ("SQNR A", True), ("SQNR B", True), ("bits A", True),
          ("bits B", True), ("kind", False)], body, 'class="tensors"'), tall=len(body) > 12)
 
 
-def page(title: str, head: str, sections: Sequence[tuple[str, str, str]], data: str = "") -> str:
-    """A whole page: what stands on top, then sections as (id, title, content)."""
-    style, script = ((files("vmq") / "page" / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    links = "".join(f'<li><a href="#{i}">{_e(t)}</a></li>' for i, t, _ in sections)
-    body = "\n".join(f'<section aria-labelledby="{i}"><h2 id="{i}">{_e(t)}</h2>\n{c}\n</section>'
-                     for i, t, c in sections)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>{_e(title)}</title>
-<style>
-{style}</style>
-</head>
-<body>
-<a class="skip" href="#{sections[0][0] if sections else 'answer'}">Skip to the details</a>
-<header>
-{head}
-</header>
-<nav aria-label="Sections"><ul>{links}</ul></nav>
-<main>
-{body}
-</main>
-<footer><p>Made by <code>vmq inspect</code>. One file: it opens offline and sends nothing anywhere.</p></footer>
-{data}
-<script>
-{script}</script>
-</body>
-</html>
-"""
-
-
 def answer(findings: Iterable[Finding]) -> str:
     """Findings as a list, the gravest first."""
-    items = "".join(f'<li><p class="says">{_said(f.says)}</p><p class="hint"><b>Try:</b> {_said(f.hint)}</p></li>'
+    items = "".join(f'<li><p class="says">{prose(f.says)}</p><p class="hint"><b>Try:</b> {prose(f.hint)}</p></li>'
                     for f in findings)
     return f'<ol class="answer">{items}</ol>' if items else "<p>Nothing is quantized yet.</p>"
 
@@ -145,7 +115,7 @@ def _facts(seen: Inspection) -> str:
     facts.append(("grids that do not fit", str(flagged), f"of {sum(t.bits is not None for t in seen.tensors)} tensors"))
     facts.append(("compile time", _clock(sum(p["seconds"] for p in seen.passes)), f"{len(seen.passes)} passes"))
     return '<dl class="facts">' + "".join(
-        f"<div><dt>{_e(a)}</dt><dd>{_e(b)}<small>{_e(c)}</small></dd></div>" for a, b, c in facts) + "</dl>"
+        f"<div><dt>{esc(a)}</dt><dd>{esc(b)}<small>{esc(c)}</small></dd></div>" for a, b, c in facts) + "</dl>"
 
 
 def _pictures(seen: Inspection) -> str:
@@ -153,12 +123,12 @@ def _pictures(seen: Inspection) -> str:
         return ""
     exact, ours, frames = seen.loop.exact, seen.loop.ours, seen.frames
     worst = int(np.argmax(seen.loop.closed))
-    shown = [("Input", f"frame {worst}", _jpeg(frames[worst].transpose(1, 2, 0))),
-             ("Alpha, float model", "", _png(_grey(exact[worst]))),
-             ("Alpha, quantized model", "", _png(_grey(ours[worst]))),
+    shown = [("Input", f"frame {worst}", jpeg(frames[worst].transpose(1, 2, 0))),
+             ("Alpha, float model", "", png(grey(exact[worst]))),
+             ("Alpha, quantized model", "", png(grey(ours[worst]))),
              ("Difference, 4 times as strong", "red: the quantized alpha is too high; blue: too low; white: the same",
-              _png(_difference(ours[worst] - exact[worst], 4.0)))]
-    grid = "".join(_figure(*s) for s in shown)
+              png(red_and_blue(ours[worst] - exact[worst], 4.0)))]
+    grid = "".join(figure(*s) for s in shown)
     text = (f"<p>Frame {worst} of the probe clip, where the error is largest (MAD {seen.loop.closed[worst]:.2f}; mean "
             f"over the clip {np.mean(seen.loop.closed):.2f}).</p>")
     return f'{text}<div class="pictures">{grid}</div>{_strips(exact, ours, frames)}'
@@ -170,15 +140,15 @@ def _strips(exact: NDArray[np.float32], ours: NDArray[np.float32], frames: NDArr
         return ""
     flicker = np.abs(np.diff(ours, axis=0) - np.diff(exact, axis=0)).mean(axis=(0, 1))
     column = int(np.argmax(flicker))
-    strips = [("Input", _png(_wide(frames[:, :, :, column].transpose(2, 0, 1)))),
-              ("Alpha, float model", _png(_wide(_grey(exact[:, :, column]).T))),
-              ("Alpha, quantized model", _png(_wide(_grey(ours[:, :, column]).T))),
+    strips = [("Input", png(wide(frames[:, :, :, column].transpose(2, 0, 1)))),
+              ("Alpha, float model", png(wide(grey(exact[:, :, column]).T))),
+              ("Alpha, quantized model", png(wide(grey(ours[:, :, column]).T))),
               ("Difference, 4 times as strong",
-               _png(_wide(_difference((ours - exact)[:, :, column].T, 4.0))))]
+               png(wide(red_and_blue((ours - exact)[:, :, column].T, 4.0))))]
     return (f"<h3>Flicker</h3><p>Pixel column {column} in all {len(exact)} frames, side by side from left to right: "
             "the column where the quantized alpha changes most that the float one does not. Smooth bands are calm; "
             'vertical stripes are flicker.</p><div class="strips">'
-            + "".join(_figure(title, "", data) for title, data in strips) + "</div>")
+            + "".join(figure(title, "", data) for title, data in strips) + "</div>")
 
 
 def _pipeline(seen: Inspection) -> str:
@@ -191,14 +161,14 @@ def _pipeline(seen: Inspection) -> str:
         bar = f'<span class="bar{" over" if over else ""}" style="width:{max(0.3, 100 * score / most):.1f}%"></span>' \
             if known else ""
         rows.append(f'<tr{"" if entry["modified"] else " class=idle"}><th scope="row" class="name short">'
-                    f'{_e(entry["name"])}</th><td class="n">{f"{score:.3f}" if known else ""}</td>'
+                    f'{esc(entry["name"])}</th><td class="n">{f"{score:.3f}" if known else ""}</td>'
                     f'<td class="wide">{bar}</td><td class="n">{entry["modified"] or ""}</td>'
                     f'<td class="n">{entry["seconds"]:.1f}</td></tr>')
         calibrated = calibrated or entry["name"] == UNCALIBRATED
         before = score if known and calibrated else before
     return f"""<p>What each pass changed, and the error of alpha after it: mean |alpha − float alpha| × 10³ over the
 first probe frames, each model running on its own states. A red bar is a pass that made it worse.</p>
-{_scroll("Passes", f'''<table><thead><tr><th>pass</th><th class="n">alpha MAD</th>
+{scroll("Passes", f'''<table><thead><tr><th>pass</th><th class="n">alpha MAD</th>
 <th><span aria-hidden="true">error</span></th><th class="n">changes</th><th class="n">seconds</th></tr></thead>
 <tbody>{"".join(rows)}</tbody></table>''')}"""
 
@@ -217,14 +187,14 @@ def _closures(seen: Inspection) -> str:
     most = max(values.values(), default=1.0) or 1.0
     items = []
     for block in seen.blocks:
-        states = f' <span class="state">↻ {_e(", ".join(block.states))}</span>' if block.states else ""
+        states = f' <span class="state">↻ {esc(", ".join(block.states))}</span>' if block.states else ""
         value = values.get(block.name)
         meter = "" if value is None else (f'{value:.3g}{unit}<span class="bar" '
                                           f'style="width:{max(0.5, 100 * value / most):.1f}%"></span>')
         about = " · ".join(filter(None, (f"{len(block.layers)} layers" if len(block.layers) != 1 else "1 layer",
                                          block.bits, "×".join(map(str, block.shape)))))
-        items.append(f'<li><div class="who"><span>{_e(block.name)}{states} <span class="quiet">{_e(block.label)}</span>'
-                     f'</span><small>{_e(about)}</small></div><div class="meter">{meter}</div></li>')
+        items.append(f'<li><div class="who"><span>{esc(block.name)}{states} <span class="quiet">{esc(block.label)}'
+                     f'</span></span><small>{esc(about)}</small></div><div class="meter">{meter}</div></li>')
     heads: list[tuple[str, bool | None]] = [("closure", False)]
     if blame:
         heads += [("gain", True), ("cost", True)]
@@ -235,30 +205,30 @@ def _closures(seen: Inspection) -> str:
         heads += [("chosen", False), *((f"at {w}", True) for w in widths)]
     rows = []
     for block in seen.blocks:
-        cells = [_cell(blame[block.name].gain, 3), _cell(blame[block.name].cost, 3)] if blame else []
-        cells += [_cell(block.sqnr_db, 1), f'<td data-v="{_e(block.bits)}">{_e(block.bits)}</td>',
-                  _cell(len(block.layers))]
+        cells = [cell(blame[block.name].gain, 3), cell(blame[block.name].cost, 3)] if blame else []
+        cells += [cell(block.sqnr_db, 1), f'<td data-v="{esc(block.bits)}">{esc(block.bits)}</td>',
+                  cell(len(block.layers))]
         if chosen:
             mine = chosen.get(block.name, {"bits": "", "sensitivity": {}})
             cells += [f'<td data-v="{mine["bits"]}">{mine["bits"]}</td>',
-                      *(_cell(mine["sensitivity"].get(w), 3) for w in widths)]
-        rows.append(f'<tr><th scope="row" data-v="{_e(block.name)}">{_e(block.title)}</th>{"".join(cells)}</tr>')
-    table = _scroll("Closures in numbers", _table(heads, rows))
+                      *(cell(mine["sensitivity"].get(w), 3) for w in widths)]
+        rows.append(f'<tr><th scope="row" data-v="{esc(block.name)}">{esc(block.title)}</th>{"".join(cells)}</tr>')
+    table = scroll("Closures in numbers", sortable(heads, rows))
     note = ("<p>Gain: by how much the error of alpha falls when this closure alone stays in float. Cost: the error "
             "when it alone is quantized; costs are no shares of the whole, because later layers have learned to make "
             "up for earlier ones.</p>") if blame else (
             "<p>With <code>vmq inspect DUMP --blame --html FILE</code> this page also says what each closure costs "
             "alpha.</p>")
     if chosen:
-        note += (f"<p>Chosen: the widths that the budget, {_e(seen.chosen['budget'])}, is best spent on. At W4A8 "
+        note += (f"<p>Chosen: the widths that the budget, {esc(seen.chosen['budget'])}, is best spent on. At W4A8 "
                  "and the like: how far the closure alone at these widths moved alpha from that of W8A8, before "
                  "learning.</p>")
     inner = ""
     if seen.tensor_blame:
         first = next(b.title for b in seen.blocks if b.name == seen.blame[0].name)
-        body = [f'<tr><th scope="row" class="name" data-v="{_e(b.name)}">{_e(b.name)}</th>{_cell(b.gain, 3)}'
-                f"{_cell(b.cost, 3)}</tr>" for b in seen.tensor_blame]
-        inner = f"<h3>The tensors of {_e(first)}</h3>" + _scroll("Tensors of the worst closure", _table(
+        body = [f'<tr><th scope="row" class="name" data-v="{esc(b.name)}">{esc(b.name)}</th>{cell(b.gain, 3)}'
+                f"{cell(b.cost, 3)}</tr>" for b in seen.tensor_blame]
+        inner = f"<h3>The tensors of {esc(first)}</h3>" + scroll("Tensors of the worst closure", sortable(
             [("tensor", False), ("gain", True), ("cost", True)], body), tall=len(body) > 16)
     return f"""<p>The blocks of reconstruction in topological order: none cuts through a state update. Lines are what
 they read from each other; a ring is a recurrent state that comes back with the next frame. {what}</p>
@@ -289,7 +259,7 @@ def _wires(blocks: Sequence[Closure]) -> str:
         parts.append(f'<circle class="knot{" loop" if block.states else ""}" cx="{spine}" cy="{y}" r="6"/>')
     names = "; ".join(f"{b.name} reads {', '.join(b.reads) or 'the input'}" for b in blocks)
     return (f'<svg viewBox="0 0 72 {height * len(blocks)}" preserveAspectRatio="none" role="img" '
-            f'aria-label="{_e(names)}">{"".join(parts)}</svg>')
+            f'aria-label="{esc(names)}">{"".join(parts)}</svg>')
 
 
 def _time(seen: Inspection) -> str:
@@ -306,48 +276,19 @@ def _time(seen: Inspection) -> str:
         text += (" If a line is far below the first, that much of the error came through the state: it is fed the "
                  "float model's value before every frame.")
         rows = "".join(
-            f'<tr><th scope="row">{_e(name)}</th><td class="n">{share:.1%}</td><td class="wide"><span class="bar" '
+            f'<tr><th scope="row">{esc(name)}</th><td class="n">{share:.1%}</td><td class="wide"><span class="bar" '
             f'style="width:{max(0.0, min(100.0, 100 * share)):.1f}%"></span></td></tr>'
             for name, share in [*loop.through.items(), ("all together", loop.through_all)])
         shares = "<h3>What comes through the states</h3><p>Share of the mean error that goes when a state is " \
-            "exact. A share below 0 says that the quantized model has learned to live with its own.</p>" + _scroll(
+            "exact. A share below 0 says that the quantized model has learned to live with its own.</p>" + scroll(
                 "Error through states", '<table><thead><tr><th>state</th><th class="n">share</th>'
                 f'<th><span aria-hidden="true">of the error</span></th></tr></thead><tbody>{rows}</tbody></table>')
     heads = [("frame", True), *((name, True) for name, _ in series)]
-    body = [f'<tr><td class="n" data-v="{t}">{t}</td>{"".join(_cell(errors[t], 3) for _, errors in series)}</tr>'
+    body = [f'<tr><td class="n" data-v="{t}">{t}</td>{"".join(cell(errors[t], 3) for _, errors in series)}</tr>'
             for t in range(len(loop.closed))]
-    table = _scroll("Error by frame", _table(heads, body), tall=True)
+    table = scroll("Error by frame", sortable(heads, body), tall=True)
     numbers = f"<details><summary>The numbers</summary>{table}</details>"
-    return f"<p>{text}</p>{_chart(series)}{numbers}{shares}"
-
-
-def _chart(series: Sequence[tuple[str, Sequence[float]]], first: int = 0) -> str:
-    """Lines over frames, as SVG with a legend; `first` is the first line's colour."""
-    width, height, left, bottom = 900, 320, 62, 40
-    count = len(series[0][1])
-    top = max(max(s) for _, s in series) or 1.0
-    step = _round_step(top / 4)
-    ticks = np.arange(0.0, top + step, step)
-
-    def x(t: float) -> float:
-        return left + (width - left - 12) * t / max(1, count - 1)
-
-    def y(v: float) -> float:
-        return 12 + (height - bottom - 12) * (1 - v / float(ticks[-1]))
-
-    parts = [f'<path class="axis" d="M{left} {y(v):.1f}H{width - 12}"/><text x="{left - 8}" y="{y(v) + 5:.1f}" '
-             f'text-anchor="end">{v:g}</text>' for v in ticks]
-    parts += [f'<text x="{x(t):.1f}" y="{height - 14}" text-anchor="middle">{t}</text>'
-              for t in range(0, count, max(1, count // 8))]
-    legend = []
-    for index, (name, values) in reversed(list(enumerate(series, first))):
-        style = f'style="stroke:var(--s{min(index, 5)})" stroke-dasharray="{DASHES[min(index, 5)]}"'
-        points = " ".join(f"{x(t):.1f},{y(v):.1f}" for t, v in enumerate(values))
-        parts.append(f'<polyline class="series" {style} points="{points}"/>')
-        sample = f'<svg viewBox="0 0 32 12" aria-hidden="true"><path class="series" {style} d="M0 6H32"/></svg>'
-        legend.append(f"<li>{sample}{_e(name)}: mean {np.mean(values):.2f}</li>")
-    return (f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="Alpha error over {count} '
-            f'frames">{"".join(parts)}</svg><ul class="legend">{"".join(legend[::-1])}</ul>')
+    return f"<p>{text}</p>{chart(series)}{numbers}{shares}"
 
 
 def _tensors(seen: Inspection) -> str:
@@ -359,7 +300,7 @@ def _tensors(seen: Inspection) -> str:
              ("flips", True)]
     flagged = {f.name for f in seen.findings if f.about == "tensor"}
     rows = [_tensor_row(t, titles.get(t.closure, t.closure), t.name in flagged) for t in seen.tensors]
-    choices = "".join(f'<option value="{_e(b.name)}">{_e(b.title)}</option>' for b in seen.blocks)
+    choices = "".join(f'<option value="{esc(b.name)}">{esc(b.title)}</option>' for b in seen.blocks)
     return f"""<p>SQNR: signal to noise up to here, with everything before it. Own: what this tensor's quantizer alone
 adds. Misfit: how far its noise is above what the best range with as many levels would give (0 is perfect; 18 dB is a
 scale 8 times too large). Flips: weights whose integer is not the nearest one, because rounding was learned. The
@@ -368,20 +309,20 @@ histogram shows values over the grid (shaded); red bars lie beyond its ends.</p>
 <label>Kind<select name="kind"><option value="">all</option><option>activation</option><option>weight</option></select>
 </label><label>Closure<select name="closure"><option value="">all</option>{choices}</select></label>
 <output id="shown" aria-live="polite">{len(rows)} tensors</output></form>
-{_scroll("Tensors", _table(heads, rows, 'id="tensor-table" class="tensors"'), tall=True)}"""
+{scroll("Tensors", sortable(heads, rows, 'id="tensor-table" class="tensors"'), tall=True)}"""
 
 
 def _tensor_row(t: Tensor, closure: str, flagged: bool) -> str:
     share = "" if t.used is None or t.levels is None else f"{t.used}/{t.levels}"
     cells = [f"<td>{_histogram(t)}</td>",
-             f'<td data-v="{_e(t.closure)}" title="{_e(closure)}">{_e(t.closure)}</td>',
-             f'<td data-v="{t.kind}">{t.kind}</td>', _cell(t.bits), _cell(t.sqnr_db, 1), _cell(t.own_db, 1),
-             _cell(t.misfit_db, 1), _cell(t.clipped, 2, percent=True),
+             f'<td data-v="{esc(t.closure)}" title="{esc(closure)}">{esc(t.closure)}</td>',
+             f'<td data-v="{t.kind}">{t.kind}</td>', cell(t.bits), cell(t.sqnr_db, 1), cell(t.own_db, 1),
+             cell(t.misfit_db, 1), cell(t.clipped, 2, percent=True),
              f'<td class="n" data-v="{"" if t.used is None or not t.levels else t.used / t.levels}">{share}</td>',
-             _cell(t.flips, 1, percent=True)]
-    return (f'<tr data-text="{_e(t.name.lower())} {_e(closure.lower())}" data-kind="{t.kind}" '
-            f'data-closure="{_e(t.closure)}"{" class=flag" if flagged else ""}>'
-            f'<th scope="row" class="name" data-v="{_e(t.name)}">{_e(t.name)}</th>{"".join(cells)}</tr>')
+             cell(t.flips, 1, percent=True)]
+    return (f'<tr data-text="{esc(t.name.lower())} {esc(closure.lower())}" data-kind="{t.kind}" '
+            f'data-closure="{esc(t.closure)}"{" class=flag" if flagged else ""}>'
+            f'<th scope="row" class="name" data-v="{esc(t.name)}">{esc(t.name)}</th>{"".join(cells)}</tr>')
 
 
 def _histogram(t: Tensor) -> str:
@@ -406,108 +347,23 @@ def _wider(seen: Inspection) -> str:
         return ""
     if not seen.wider:
         return "<p>Nothing: all layers have the bits that were asked for.</p>"
-    items = "".join(f'<tr><th scope="row" class="name">{_e(name)}</th><td>{_e(bits)}</td></tr>'
+    items = "".join(f'<tr><th scope="row" class="name">{esc(name)}</th><td>{esc(bits)}</td></tr>'
                     for name, bits in seen.wider.items())
     table = f"<table><thead><tr><th>what</th><th>bits</th></tr></thead><tbody>{items}</tbody></table>"
     return f"""<p>What has more bits than <code>--bits</code> asked for. <code>--keep</code> changes it.</p>
-{_scroll("Wider than nominal", table, tall=len(seen.wider) > 12)}"""
+{scroll("Wider than nominal", table, tall=len(seen.wider) > 12)}"""
 
 
 def _reproduce(seen: Inspection) -> str:
     setup = seen.setup
     clips = [(c["name"], f"{c['frames']} frames") for c in setup.get("clips") or []]
-    notes = "".join(f"<li>{_e(n)}</li>" for n in seen.notes)
-    return f"""<p>This command made the dump:</p><pre><code>{_e(setup.get("command") or "(not known)")}</code></pre>
+    notes = "".join(f"<li>{esc(n)}</li>" for n in seen.notes)
+    return f"""<p>This command made the dump:</p><pre><code>{esc(setup.get("command") or "(not known)")}</code></pre>
 <div class="pair"><div><h3>Settings</h3>{listing((setup.get("options") or {}).items())}</div>
 <div><h3>Versions</h3>{listing((setup.get("versions") or {}).items())}</div></div>
 <details><summary>Calibration clips ({len(clips)})</summary>{listing(clips)}</details>
 {f"<details><summary>Notes of the passes ({len(seen.notes)})</summary><ul>{notes}</ul></details>" if notes else ""}"""
 
 
-# -- pieces ---------------------------------------------------------------------------------------------
-
-
-def listing(pairs: Iterable[tuple[str, Any]]) -> str:
-    """Names and values as a table of two columns."""
-    rows = "".join(f'<tr><th scope="row">{_e(k)}</th><td>{_e(said(v))}</td></tr>' for k, v in pairs)
-    return _scroll("Values", f"<table><tbody>{rows}</tbody></table>")
-
-
-def _table(heads: Sequence[tuple[str, bool | None]], rows: Sequence[str], attributes: str = "") -> str:
-    """A sortable table; a head is (text, whether it holds numbers, None where there is nothing to sort by)."""
-    cells = []
-    for text, numbers in heads:
-        kind = ' class="n" data-first="down"' if numbers else ""
-        inner = _e(text) if numbers is None else f'<button type="button">{_e(text)}</button>'
-        cells.append(f'<th scope="col"{kind}>{inner}</th>')
-    return (f'<table {attributes} data-sortable><thead><tr>{"".join(cells)}</tr></thead>'
-            f'<tbody>{"".join(rows)}</tbody></table>')
-
-
-def _cell(value: float | None, digits: int = 0, *, percent: bool = False) -> str:
-    if value is None:
-        return '<td class="n" data-v=""></td>'
-    shown = f"{value:.{digits}%}" if percent else f"{value:.{digits}f}"
-    if digits == 1 and not percent and value > 99:            # decibels of what is all but exact
-        shown = "≥ 99"
-    return f'<td class="n" data-v="{value:.6g}">{shown}</td>'
-
-
-def _scroll(name: str, table: str, *, tall: bool = False) -> str:
-    """A region that scrolls on its own, with keys as well."""
-    kind = "scroll tall" if tall else "scroll"
-    return f'<div class="{kind}" role="region" aria-label="{_e(name)}" tabindex="0">{table}</div>'
-
-
-def _figure(title: str, text: str, source: str) -> str:
-    caption = f"<b>{_e(title)}</b>{'. ' + _e(text) if text else ''}"
-    return f'<figure><img src="{source}" alt="{_e(title)}" loading="lazy"><figcaption>{caption}</figcaption></figure>'
-
-
-def _grey(alpha: NDArray[np.float32]) -> Picture:
-    return np.rint(alpha * 255.0).astype(np.uint8)
-
-
-def _wide(picture: Picture) -> Picture:
-    """[H,T] or [H,T,3] with every frame `STRIP` pixels wide."""
-    return np.repeat(picture, STRIP, axis=1)
-
-
-def _difference(difference: NDArray[np.float32], gain: float) -> Picture:
-    """White where there is none, red above 0, blue below."""
-    strength = np.clip(np.abs(difference) * gain, 0.0, 1.0)[..., None]
-    colour = np.where(difference[..., None] > 0, np.array([190, 30, 30]), np.array([20, 80, 190]))
-    return np.rint(255.0 * (1.0 - strength) + colour * strength).astype(np.uint8)
-
-
-def _png(picture: Picture) -> str:
-    return _data(picture, ".png", "image/png", [cv2.IMWRITE_PNG_COMPRESSION, 9])
-
-
-def _jpeg(picture: Picture) -> str:
-    return _data(picture, ".jpg", "image/jpeg", [cv2.IMWRITE_JPEG_QUALITY, 85])
-
-
-def _data(picture: Picture, kind: str, mime: str, how: list[int]) -> str:
-    bgr = np.ascontiguousarray(picture[..., ::-1] if picture.ndim == 3 else picture)
-    _, content = cv2.imencode(kind, bgr, how)
-    return f"data:{mime};base64,{base64.b64encode(content.tobytes()).decode()}"
-
-
-def _round_step(rough: float) -> float:
-    """1, 2 or 5 times a power of ten, at least `rough`."""
-    power = 10.0 ** np.floor(np.log10(max(rough, 1e-12)))
-    return float(next(n * power for n in (1.0, 2.0, 5.0, 10.0) if n * power >= rough * 0.999))
-
-
 def _clock(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-
-
-def _said(text: str) -> str:
-    """Text in which what stands between backticks is code."""
-    return "".join(f"<code>{_e(part)}</code>" if i % 2 else _e(part) for i, part in enumerate(text.split("`")))
-
-
-def _e(text: object) -> str:
-    return escape(str(text), quote=True)
