@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.backbones import MobileNetV3, ResNet50, conv_bn
 from models.exporting import Parser, WeightsError, fit, load_state, parse_size, written_whole
 
 __all__ = ["INPUT_NAMES", "OUTPUT_NAMES", "REFINERS", "RVM", "VARIANTS", "WeightsError", "build", "export",
@@ -38,152 +39,13 @@ REFINERS = ("deep", "fast")
 INPUT_NAMES = ("src", "r1i", "r2i", "r3i", "r4i")
 OUTPUT_NAMES = ("fgr", "pha", "r1o", "r2o", "r3o", "r4o")
 
-# Kernel, expanded and output channels, squeeze-excitation, hard swish, stride, dilation of each inverted residual.
-_MOBILENETV3_LARGE = (
-    (3, 16, 16, False, False, 1, 1),
-    (3, 64, 24, False, False, 2, 1),
-    (3, 72, 24, False, False, 1, 1),
-    (5, 72, 40, True, False, 2, 1),
-    (5, 120, 40, True, False, 1, 1),
-    (5, 120, 40, True, False, 1, 1),
-    (3, 240, 80, False, True, 2, 1),
-    (3, 200, 80, False, True, 1, 1),
-    (3, 184, 80, False, True, 1, 1),
-    (3, 184, 80, False, True, 1, 1),
-    (3, 480, 112, True, True, 1, 1),
-    (3, 672, 112, True, True, 1, 1),
-    (5, 672, 160, True, True, 1, 2),  # dilated instead of strided from here on: the deepest features stay at 1/16
-    (5, 960, 160, True, True, 1, 2),
-    (5, 960, 160, True, True, 1, 2),
-)
-
-
-# ---------------------------------------------------------------------------------------------------- backbones
-
-
-def _conv_bn(
-    channels_in: int, channels: int, kernel: int, act: type[nn.Module] | None, *,
-    stride: int = 1, dilation: int = 1, groups: int = 1, eps: float = 1e-3,
-) -> nn.Sequential:  # fmt: skip
-    conv = nn.Conv2d(channels_in, channels, kernel, stride, kernel // 2 * dilation, dilation, groups, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(channels, eps), *([act()] if act else []))
-
-
-class _SqueezeExcitation(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        wanted = channels // 4
-        squeezed = max(8, (wanted + 4) // 8 * 8)  # the nearest multiple of 8 ...
-        squeezed += 8 if squeezed < 0.9 * wanted else 0  # ... that loses no more than a tenth
-        self.fc1 = nn.Conv2d(channels, squeezed, 1)
-        self.fc2 = nn.Conv2d(squeezed, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate = self.fc2(F.relu(self.fc1(F.adaptive_avg_pool2d(x, 1))))
-        return F.hardsigmoid(gate) * x
-
-
-class _InvertedResidual(nn.Module):
-    def __init__(
-        self, channels_in: int, kernel: int, expanded: int, channels: int, se: bool, hard_swish: bool,
-        stride: int, dilation: int,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        act = nn.Hardswish if hard_swish else nn.ReLU
-        layers: list[nn.Module] = []
-        if expanded != channels_in:
-            layers.append(_conv_bn(channels_in, expanded, 1, act))
-        layers.append(_conv_bn(expanded, expanded, kernel, act, stride=stride, dilation=dilation, groups=expanded))
-        if se:
-            layers.append(_SqueezeExcitation(expanded))
-        layers.append(_conv_bn(expanded, channels, 1, None))
-        self.block = nn.Sequential(*layers)
-        self.shortcut = stride == 1 and channels_in == channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.block(x)
-        return x + y if self.shortcut else y
-
-
-class MobileNetV3(nn.Module):
-    """MobileNetV3-Large without its classifier. [N,3,H,W] to 16, 24, 40 and 960 channels at 1/2, 1/4, 1/8, 1/16."""
-
-    channels = (16, 24, 40, 960)
-
-    def __init__(self) -> None:
-        super().__init__()
-        layers: list[nn.Module] = [_conv_bn(3, 16, 3, nn.Hardswish, stride=2)]
-        width = 16
-        for row in _MOBILENETV3_LARGE:
-            layers.append(_InvertedResidual(width, *row))
-            width = row[2]
-        layers.append(_conv_bn(width, 960, 1, nn.Hardswish))
-        self.features = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        taps = []
-        for i, layer in enumerate(self.features):
-            x = layer(x)
-            if i in {1, 3, 6, 16}:
-                taps.append(x)
-        return taps
-
-
-class _Bottleneck(nn.Module):
-    def __init__(self, channels_in: int, width: int, stride: int, dilation: int, project: bool) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, width, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, dilation, dilation, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(4 * width)
-        self.downsample = None
-        if project:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(channels_in, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = F.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
-
-
-class ResNet50(nn.Module):
-    """ResNet50 without its classifier. [N,3,H,W] to 64, 256, 512 and 2048 channels at 1/2, 1/4, 1/8, 1/16."""
-
-    channels = (64, 256, 512, 2048)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.layer1 = self._stage(64, 64, blocks=3, stride=1)
-        self.layer2 = self._stage(256, 128, blocks=4, stride=2)
-        self.layer3 = self._stage(512, 256, blocks=6, stride=2)
-        self.layer4 = self._stage(1024, 512, blocks=3, stride=1, dilation=2)
-
-    @staticmethod
-    def _stage(channels_in: int, width: int, blocks: int, stride: int, dilation: int = 1) -> nn.Sequential:
-        first = _Bottleneck(channels_in, width, stride, 1, project=True)
-        rest = (_Bottleneck(4 * width, width, 1, dilation, project=False) for _ in range(blocks - 1))
-        return nn.Sequential(first, *rest)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        f1 = F.relu(self.bn1(self.conv1(x)))
-        f2 = self.layer1(F.max_pool2d(f1, 3, 2, 1))
-        f3 = self.layer2(f2)
-        return [f1, f2, f3, self.layer4(self.layer3(f3))]
-
 
 class LRASPP(nn.Module):
     """Lite R-ASPP: a 1x1 conv, gated per channel by the pooled input. [N,C,h,w] to [N,channels,h,w]."""
 
     def __init__(self, channels_in: int, channels: int) -> None:
         super().__init__()
-        self.aspp1 = _conv_bn(channels_in, channels, 1, nn.ReLU, eps=1e-5)
+        self.aspp1 = conv_bn(channels_in, channels, 1, nn.ReLU, eps=1e-5)
         self.aspp2 = nn.Sequential(
             nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels_in, channels, 1, bias=False), nn.Sigmoid()
         )
@@ -232,7 +94,7 @@ class _Level(nn.Module):
         super().__init__()
         self.kept = channels // 2
         if not bottom:
-            self.conv = _conv_bn(channels_in, channels, 3, nn.ReLU, eps=1e-5)
+            self.conv = conv_bn(channels_in, channels, 3, nn.ReLU, eps=1e-5)
         self.gru = ConvGRU(self.kept)
 
     def forward(self, x: Tensor, h: Tensor, skip: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
@@ -247,8 +109,8 @@ class _Output(nn.Module):
     def __init__(self, channels_in: int, channels: int) -> None:
         super().__init__()
         self.conv = nn.Sequential(
-            *_conv_bn(channels_in, channels, 3, nn.ReLU, eps=1e-5),
-            *_conv_bn(channels, channels, 3, nn.ReLU, eps=1e-5),
+            *conv_bn(channels_in, channels, 3, nn.ReLU, eps=1e-5),
+            *conv_bn(channels, channels, 3, nn.ReLU, eps=1e-5),
         )
 
     def forward(self, x: Tensor, image: Tensor) -> Tensor:
@@ -305,8 +167,8 @@ class DeepGuidedFilter(nn.Module):
         self.box_filter = nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False)
         nn.init.constant_(self.box_filter.weight, 1 / 9)
         self.conv = nn.Sequential(
-            *_conv_bn(8 + hidden, hidden, 1, nn.ReLU, eps=1e-5),
-            *_conv_bn(hidden, hidden, 1, nn.ReLU, eps=1e-5),
+            *conv_bn(8 + hidden, hidden, 1, nn.ReLU, eps=1e-5),
+            *conv_bn(hidden, hidden, 1, nn.ReLU, eps=1e-5),
             nn.Conv2d(hidden, 4, 1),
         )
 
