@@ -1,7 +1,7 @@
 """The backbones of Robust Video Matting, each with a dilated last stage (Chen et al. 2017, arXiv:1706.05587).
 
-MobileNetV3-Large (Howard et al. 2019, arXiv:1905.02244) and ResNet50 (He et al. 2015, arXiv:1512.03385). Parameter names
-are torchvision's.
+MobileNetV3-Large (Howard et al. 2019, arXiv:1905.02244) and ResNet50 (He et al. 2015, arXiv:1512.03385). Parameter
+names are torchvision's.
 """
 
 from __future__ import annotations
