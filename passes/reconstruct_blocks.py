@@ -132,7 +132,8 @@ class _Reconstruction:
             self._advance(self.exact, floats, float_reads, needed, {})
             states = {i: g for i, o in self.states.items() if i in reads
                       for g in sorted(gives, key=o.__ne__)[:1] if o in (g, self.sources[g])}
-            block = _Block(reads, gives, [self.sources[g] for g in gives], states, float_reads)
+            taught = [(g, self.sources[g]) for g in gives if floats[self.sources[g]].is_floating_point()]
+            block = _Block(reads, gives, taught, states, float_reads)
             key = f"blocks-{number}-{index}"
             report.append(self._learn(block, nodes, floats, ours, recipe, key, (index, len(edges))))
             self._advance(self.shadow, ours, reads, gives, block.states)
@@ -170,17 +171,18 @@ class _Reconstruction:
         longest = max(map(len, sequences))
         return torch.stack([torch.stack([*s, *s[-1:] * (longest - len(s))]) for s in sequences])
 
-    def _new(self, shape: Sequence[int]) -> Tensor:
-        """Room for values, in memory while there is some, else in a file."""
-        size = 4 * math.prod(shape)
+    def _new(self, count: int, length: int, value: Tensor) -> Tensor:
+        """Room for values like this one, [count,length,...], in memory while there is some, else in a file."""
+        shape, kind = (count, length, *value.shape), value.dtype
+        size = math.prod(shape) * kind.itemsize
         self.bytes += size
         if self.bytes <= self.room:
             with contextlib.suppress(RuntimeError, MemoryError):        # there is none: a file it is
-                return torch.empty(tuple(shape), device=self.device)
+                return torch.empty(shape, dtype=kind, device=self.device)
         try:
             with tempfile.NamedTemporaryFile(dir=self.folder) as file:      # the mapping keeps the file's room
                 os.posix_fallocate(file.fileno(), 0, size)      # a page without room would end the process later
-                return torch.from_file(file.name, shared=True, size=size // 4).reshape(tuple(shape))
+                return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=kind).reshape(shape)
         except OSError as error:
             raise OutputError(f"cannot keep {size >> 20} MB of what enters blocks in {self.folder.parent} "
                               f"({error.strerror}); make room there, or set TMPDIR to a folder with room") from error
@@ -206,7 +208,7 @@ class _Reconstruction:
             return results
 
         for name, values in run(0, 1).items():
-            store[name] = self._new((count, length, *values[0].shape))
+            store[name] = self._new(count, length, values[0])
 
         def fill(s: int) -> None:
             for name, values in run(s).items():
@@ -243,12 +245,13 @@ class _Reconstruction:
         original = dict(shadow.quantizers)
         weights, activations = _quantizers_of(shadow, nodes)
         before = self._loss(block, floats, ours)
-        learned = [p for p in parameters(shadow, recipe.learn, nodes) if p.constant not in self.learned]
+        learn = recipe.learn if block.taught else ()
+        learned = [p for p in parameters(shadow, learn, nodes) if p.constant not in self.learned]
         saved = context.checkpoint.load(key)
-        if recipe.gptq and saved is None:
+        if recipe.gptq and saved is None and block.taught:
             self._round_columns(block, weights, recipe, floats, ours)
         soft = dict[str, SoftRounding]()
-        if "rounding" in recipe.learn:
+        if "rounding" in learn:
             for name, weight in weights.items():
                 if weight not in self.learned:
                     soft[weight] = SoftRounding(_own(original[name]), shadow.parameter(weight))
@@ -381,12 +384,12 @@ class _Reconstruction:
                 value = carried.get(name)
                 if value is None:
                     value = read(ours, name, t)
-                    if drop > 0.0 and name not in self.states and name != self.frame:
+                    if drop > 0.0 and name not in self.states and name != self.frame and value.is_floating_point():
                         value = mixed(value, read(floats, self.sources.get(name, name), t), drop)
                 given[name] = value
             made = self.shadow.run({**held, **given}, block.gives)
             carried = {i: made[o] for i, o in block.states.items()}
-            for name, target in zip(block.gives, block.targets, strict=True):
+            for name, target in block.taught:
                 off = (made[name] - read(floats, target, t)).square()
                 total = total + off.sum() * (off.shape[1] if off.ndim > 1 else 1) / off.numel()
         return total / len(times)
@@ -404,17 +407,18 @@ class _Reconstruction:
         count = min(4, ours[self.frame].shape[0])
         items = [[(s, None)] if block.states else [(s, t)] for s in range(count) for t in range(length)][:8]
         powers = sum(float(floats[n][:count].square().mean()) * floats[n].shape[3 if floats[n].ndim > 3 else -1]
-                     for n in block.targets)
+                     for _, n in block.taught)
         errors = self.lanes.map(lambda item: float(self._error(block, item, floats, ours, 0.0)), items)
         return float(np.mean(errors)) / max(powers, 1e-12)
 
 
 class _Block:
-    """The edges of a block: what enters and leaves it, the float names of what leaves, states, what enters float."""
+    """The edges of a block: what enters and leaves it; of that, what is no index or mask, with its name in the float
+    network; states; what enters it there."""
 
-    def __init__(self, reads: tuple[str, ...], gives: tuple[str, ...], targets: list[str], states: dict[str, str],
-                 float_reads: tuple[str, ...]) -> None:
-        self.reads, self.gives, self.targets, self.states = reads, gives, targets, states
+    def __init__(self, reads: tuple[str, ...], gives: tuple[str, ...], taught: list[tuple[str, str]],
+                 states: dict[str, str], float_reads: tuple[str, ...]) -> None:
+        self.reads, self.gives, self.taught, self.states = reads, gives, taught, states
         self.float_reads = float_reads
         self.fixed: tuple[str, ...] | None = None
 

@@ -296,7 +296,7 @@ def test_the_recurrent_block_is_unrolled_and_its_new_states_count(
     recurrent, = [b for b in blocks if b.states]
     assert recurrent.states.keys() == states.keys()
     assert set(states) <= set(recurrent.reads)
-    sources = dict(zip(recurrent.gives, recurrent.targets, strict=True))
+    sources = dict(recurrent.taught)
     for state, given in recurrent.states.items():
         assert sources[given] == states[state] or given == states[state]
         assert given in recurrent.gives                       # what leaves a block is in its loss
@@ -343,7 +343,7 @@ def test_the_error_of_a_recurrent_block_is_that_of_all_its_frames(start: tuple[G
                     made = self.shadow.run(given | {n: ours[n][s, t] for n in block.reads if n != "r"}, block.gives)
                     given["r"] = made[block.states["r"]]
                     total += [float((made[g] - floats[name][s, t]).square().sum(1).mean())
-                              for g, name in zip(block.gives, block.targets, strict=True)]
+                              for g, name in block.taught]
             checked.append((found, sum(total) / 4))
         return real(self, block, nodes, floats, ours, *rest)
 
@@ -517,6 +517,33 @@ def test_feed_forward():
                      "fgr = Add (z, src)", "y2 = Add (z, src)\n    pha = Conv (y2, w3)"))
     before, after = errors(reconstruct(prepared(graph), 20, learn=("weight",), drop=0.0)[1])
     assert after.sum() < before.sum()
+
+
+MASKED = """(float[1,3,32,48] src, float[4,3,3,3] w0, float[4,4,3,3] w1, float[4,4,3,3] w2, float[1,4,1,1] w3)
+        => (float[1,1,32,48] pha) <float[1] zero = {0}> {
+    a = Conv <pads = [1,1,1,1]> (src, w0)
+    m = Less (a, zero)
+    b = Conv <pads = [1,1,1,1]> (a, w1)
+    c = Where (m, b, a)
+    d = Conv <pads = [1,1,1,1]> (c, w2)
+    n = Not (m)
+    e = Where (n, d, b)
+    pha = Conv (e, w3)
+}"""
+
+
+@pytest.mark.parametrize("room", [1 << 30, 0])
+def test_masks_cross_from_block_to_block(room: int, monkeypatch: pytest.MonkeyPatch):
+    """What is true or false is handed on as it is, in memory or in files, and nothing is learned of it."""
+    monkeypatch.setattr(reconstruct_blocks, "MEMORY", room)
+    graph, context = prepared(read(MASKED))
+    closures = context.found["find_closures"]
+    nodes = [n.name for n in graph.nodes if any(n.name in b.nodes for b in closures.blocks)]
+    context.found["find_closures"] = dataclasses.replace(closures, blocks=tuple(
+        dataclasses.replace(closures.blocks[0], name=n, nodes=(n,)) for n in nodes))
+    before, after = errors(reconstruct((graph, context), 20, learn=("rounding", "bias"), gptq=True)[1])
+    assert (before == 0.0).sum() == 2                         # Less and Not
+    assert 0.0 < after.sum() < before.sum()
 
 
 @pytest.mark.parametrize("bits", ["8", "w4a8"])

@@ -155,10 +155,11 @@ def first(make: Callable[[], T]) -> T:
 def spread(tensor: Any, place: int) -> None:
     """Give everybody's tensor the values that it has where item number `place` was computed."""
     if _group is not None:
+        import torch
         import torch.distributed as dist
 
         with _answers():
-            dist.broadcast(tensor, place % count())
+            dist.broadcast(tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor, place % count())
 
 
 def add_up(tensor: Any) -> None:
