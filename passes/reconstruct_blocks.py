@@ -52,6 +52,9 @@ MEMORY = 2 << 30
 """Bytes of block inputs and outputs that are held in memory, at most; what is more goes to temporary files."""
 COLUMNS = 24
 """Frames that a layer's columns are rounded on."""
+RECENT, KEPT = 4, 1 << 29
+"""So many of the values that layers read are kept for each of these frames, if they take no more bytes than that: what
+lies behind them, past a shortcut as well, is computed from there."""
 ITEM = 2
 """Frames that gradients are taken of at a time."""
 WARM_UP = 8
@@ -291,8 +294,10 @@ class _Reconstruction:
         """Round the weights of a block's layers one after the other, each on what those before it give."""
         shadow, (count, length) = self.shadow, ours[self.frame].shape[:2]
         rng = np.random.default_rng((self.context.options.seed, 53))
-        picks = [(int(k) // length, int(k) % length, rng.random(2)) for k in rng.permutation(count * length)[:COLUMNS]]
+        picks: list[tuple[int, int, Any]] = [(int(k) // length, int(k) % length, rng.random(2))
+                                             for k in rng.permutation(count * length)[:COLUMNS]]
         twins = {v.name: node for node in self.exact.graph.nodes for v in node.outputs}
+        recent: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = [({}, {}) for _ in picks]
         for node in shadow.graph.nodes:
             name = weights.get(node.inputs[1].name) if len(node.inputs) > 1 else None
             if name is None or name in self.learned or len(node.inputs[1].outputs) > 1:
@@ -304,18 +309,19 @@ class _Reconstruction:
             read, float_read = node.inputs[0].name, twin.inputs[0].name
             held = shadow.run({}, self._fixed(block))
 
-            def moments(pick: tuple[int, int, Any], layer: Layer = layer, held: dict[str, Tensor] = held,
-                        read: str = read, float_read: str = float_read) -> Moments:
-                s, t, offset = pick
-                x = shadow.run({**held, **{n: ours[n][s, t].to(self.device) for n in block.reads}}, [read])[read]
-                y = self.exact.run({n: floats[n][s, t].to(self.device) for n in block.float_reads},
-                                   [float_read])[float_read]
+            def moments(k: int, layer: Layer = layer, held: dict[str, Tensor] = held, read: str = read,
+                        float_read: str = float_read) -> Moments:
+                (s, t, offset), (own, exact) = picks[k], recent[k]
+                given, given_exact = ({n: store[n][s, t].to(self.device) for n in names}
+                                      for store, names in ((ours, block.reads), (floats, block.float_reads)))
+                x = _read(shadow, {**held, **given}, own, read)
+                y = _read(self.exact, given_exact, exact, float_read)
                 return Moments.of(layer.columns(x, offset), layer.columns(y, offset))
 
             found, at_once = None, LANES * processes.count()
             for start in range(0, len(picks), at_once):         # each is as large as H
-                for part in self.lanes.map(moments, picks[start:start + at_once]):
-                    found = part if found is None else found + part
+                for part in self.lanes.map(moments, range(start, min(start + at_once, len(picks)))):
+                    found = part if found is None else found.add(part)
             assert found is not None
             bias = bias_of(node) if "bias" in recipe.learn else None
             scale = along(grid_scale(quantizer.scale), weight, quantizer.spec.axis).expand_as(weight)
@@ -421,6 +427,18 @@ class _Block:
         self.reads, self.gives, self.taught, self.states = reads, gives, taught, states
         self.float_reads = float_reads
         self.fixed: tuple[str, ...] | None = None
+
+
+def _read(shadow: Shadow, given: dict[str, Tensor], recent: dict[str, Tensor], name: str) -> Tensor:
+    """A value, computed from what is given and from values that were asked for before and have not changed since."""
+    value = recent.get(name)
+    if value is None:
+        value = shadow.run({**given, **recent}, [name])[name]
+        if value.nbytes * RECENT * 2 * COLUMNS <= KEPT:
+            if len(recent) == RECENT:
+                del recent[next(iter(recent))]
+            recent[name] = value
+    return value
 
 
 def _unchanged(x: Tensor) -> Tensor:

@@ -170,7 +170,7 @@ def test_groups_are_on_their_own():
 def test_moments_add_up():
     x, y = correlated(5, 100), correlated(5, 100, 4)
     whole = Moments.of(x, y)
-    parts = Moments.of(x[:, :, :30], y[:, :, :30]) + Moments.of(x[:, :, 30:], y[:, :, 30:])
+    parts = Moments.of(x[:, :, :30], y[:, :, :30]).add(Moments.of(x[:, :, 30:], y[:, :, 30:]))
     assert whole.count == parts.count == 100
     for name in ("ours", "off", "square", "cross"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name))

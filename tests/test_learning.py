@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vmq.fakequant import FakeQuantize
 from vmq.graph import Constant, Graph
 from vmq.lanes import Lanes
+from vmq.layers import never_negative
 from vmq.learning import KINDS, SETTLED, Adam, Dropped, Parameter, SoftRounding, assign, coarse, mixed, parameters
 from vmq.shadow import Shadow
 from vmq.spec import QuantSpec
@@ -280,7 +281,7 @@ def expected_constants(graph: Graph) -> dict[str, set[str]]:
     for node in graph.nodes:
         if node.op == "QuantizeLinear" and node.inputs[2].dtype.name == "uint4":
             found["scale"].add(node.inputs[1].name)
-            if [n.op for n in node.inputs[0].inputs] not in (["Relu"], ["Sigmoid"], ["HardSigmoid"]):
+            if not never_negative(node.inputs[0]):
                 found["zero"].add(node.inputs[2].name)
         elif node.op == "QuantizeLinear" and node.inputs[2].dtype.name in ("int4", "int8"):
             found["weight"].add(node.inputs[0].name)
@@ -338,11 +339,12 @@ def test_constants_of_other_tools_that_must_stay_equal_count_once():
 
 @pytest.mark.parametrize(("makes", "learned"), [
     ("Relu (x)", False), ("Sigmoid (x)", False), ("HardSigmoid (x)", False), ("Clip (x, none, six)", True),
-    ("Clip (x, none)", False), ("HardSwish (x)", True), ("Identity (x)", True)])
+    ("Clip (x, none)", False), ("HardSwish (x)", True), ("Identity (x)", True),
+    ("Transpose (r)", False), ("Concat <axis = 0> (r, r)", False), ("Concat <axis = 0> (r, x)", True)])
 def test_what_is_never_negative_keeps_its_zero_point(makes: str, learned: bool):
     low = "-6" if makes.endswith("six)") else "0"
-    graph = load(f"""(float[2,3] x) => (float[2,3] y) <float s = {{0.1}}, uint4 z = {{0}}, float none = {{{low}}}, float
-                    six = {{6}}> {{ a = {makes}  q = QuantizeLinear (a, s, z)  y = DequantizeLinear (q, s, z) }}""")
+    graph = load(f"""(float[2,3] x) => (float[n,m] y) <float s = {{0.1}}, uint4 z = {{0}}, float none = {{{low}}}, float
+        six = {{6}}> {{ r = Relu (x)  a = {makes}  q = QuantizeLinear (a, s, z)  y = DequantizeLinear (q, s, z) }}""")
     found = [p.kind for p in parameters(Shadow(graph), KINDS)]
     assert found == (["scale", "zero"] if learned else ["scale"])
 

@@ -125,14 +125,15 @@ class Moments:
         turned = ours.transpose(1, 2)       # without its mean it is small, and float32 is enough
         return cls(ours.shape[2], mean, mean_off, (ours @ turned).double(), (off @ turned).double())
 
-    def __add__(self, other: Moments) -> Moments:
+    def add(self, other: Moments) -> Moments:
+        """Those of both, in place of this one's."""
         count = self.count + other.count
         apart, apart_off = other.ours - self.ours, other.off - self.off
         share, weight = other.count / count, self.count * other.count / count
         row = apart[:, None, :] * weight
         return Moments(count, self.ours + share * apart, self.off + share * apart_off,
-                       self.square + other.square + apart[:, :, None] * row,
-                       self.cross + other.cross + apart_off[:, :, None] * row)
+                       self.square.add_(other.square).add_(apart[:, :, None] * row),
+                       self.cross.add_(other.cross).add_(apart_off[:, :, None] * row))
 
 
 def round_columns(weight: Tensor, scale: Tensor, limits: tuple[int, int], moments: Moments, *, biased: bool,

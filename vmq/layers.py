@@ -70,12 +70,20 @@ def clip_limits(node: Any) -> tuple[float, float] | None:
     return ends[0], ends[1]
 
 
+KEEPS_SIGN = frozenset({"QuantizeLinear", "DequantizeLinear", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze",
+                        "Transpose", "Slice", "Split", "MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"})
+"""What they make of values that are never negative, is never negative."""
+
+
 def never_negative(value: Any) -> bool:
-    """True for what a Relu, a sigmoid or a Clip at 0 or above makes."""
+    """True for what a Relu, a sigmoid or a Clip at 0 or above makes, rounded, moved, pooled or joined as it may be."""
     if not value.inputs:
         return False
-    limits = clip_limits(value.inputs[0])
-    return value.inputs[0].op in ("Relu", "Sigmoid", "HardSigmoid") or (limits is not None and limits[0] >= 0.0)
+    node = value.inputs[0]
+    limits = clip_limits(node)
+    if node.op in KEEPS_SIGN or node.op == "Concat":
+        return all(never_negative(v) for v in (node.inputs if node.op == "Concat" else node.inputs[:1]))
+    return node.op in ("Relu", "Sigmoid", "HardSigmoid") or (limits is not None and limits[0] >= 0.0)
 
 
 def kinds_of(graph: Graph, target: Target, state_outputs: Collection[str], recurrent: Collection[str],
