@@ -4,9 +4,8 @@
 
 and the sum of two tensors that are read with 3/4 and 1/4 of their scale is an integer Add, many times faster than
 the runtime's Resize. Each of the two is a Gather of x, on [N,H,W,C], as the convolutions around it have it, so that
-rows and pixels are copied whole. The same bits come out: where result and x share a grid, passes/integer_forms.py chose
-scales with which no sum is a half. On another grid, learned since, one may come so close to a half that the two ways to
-add it up in float fall on either side: then the Resize stays.
+rows and pixels are copied whole. The same bits come out: passes/integer_forms.py chose scales with which no sum is a
+half.
 
 Where pictures in float are halved by AveragePool, a linear Resize by 1/2 computes the same in half the time.
 """
@@ -20,8 +19,6 @@ import numpy as np
 from vmq.graph import Constant, Graph
 from vmq.pipeline import Context, Pass, PassResult
 
-ROUNDING = 2.0 ** -21
-"""By how much of their size sums of two products, as multiples of a step, may be off in float32."""
 LAST, FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
 """Permutations that move channels last, and back."""
 
@@ -33,12 +30,9 @@ class DoubleSizes(Pass):
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         doubled = halved = 0
-        notes = list[str]()
         for node in list(graph.nodes) if context.options.target.integer_layout else ():
             axis = _doubled_axis(node)
-            if axis is not None and _near_half(node):
-                notes.append(f"{node.name} stays a Resize: a sum lies too close to the middle between two steps")
-            elif axis is not None:
+            if axis is not None:
                 _double(graph, node, axis)
                 doubled += 1
             elif _halves(node):
@@ -52,7 +46,7 @@ class DoubleSizes(Pass):
                 _join_last(graph, node)
             graph.sort()
             _join_transposes(graph)
-        return PassResult(modified=doubled + halved, notes=tuple(notes), report={"doubled": doubled, "halved": halved})
+        return PassResult(modified=doubled + halved, report={"doubled": doubled, "halved": halved})
 
 
 def _doubled_axis(node: Any) -> int | None:
@@ -66,22 +60,6 @@ def _doubled_axis(node: Any) -> int | None:
             or len(readers) != 1 or readers[0].op != "QuantizeLinear":
         return None
     return {(1.0, 1.0, 2.0, 1.0): 2, (1.0, 1.0, 1.0, 2.0): 3}.get(tuple(np.asarray(node.inputs[2].values).tolist()))
-
-
-def _near_half(node: Any) -> bool:
-    """True where a sum is as far as float rounds it from the middle between two steps of what it is written with."""
-    read, write = node.inputs[0].inputs[0], node.outputs[0].outputs[0]
-    behind = write.outputs[0].outputs
-    limits = [int(np.asarray(v.values)) for v in behind[0].inputs[1:3]] if [r.op for r in behind] == ["Clip"] \
-        else [0, 255]
-    scale, wide = (float(np.asarray(n.inputs[1].values)) for n in (read, write))
-    zero, middle = (int(np.asarray(n.inputs[2].values)) for n in (read, write))
-    near = 0.75 * (np.arange(256) - zero)[:, None] * scale / wide
-    far = 0.25 * (np.arange(256) - zero)[None, :] * scale / wide
-    below = np.floor(near + far)                    # of the two steps
-    inside = (below + middle >= limits[0]) & (below + middle < limits[1])
-    off = np.abs(near + far - below - 0.5)
-    return bool((inside & (off <= ROUNDING * (np.abs(near) + np.abs(far)))).any())
 
 
 def _halves(node: Any) -> bool:
