@@ -106,7 +106,7 @@ def test_rvm_at_a_size_that_cannot_be_halved(exported: Callable[..., Graph], siz
     full, smaller = (exported(*s, refiner=refiner, downsample_ratio=ratio) for s in (size, becomes))
     for graph in (full, smaller):
         run_to("fold_shapes", graph, "8", clips(1, 1, sizes(graph)["src"][2:]))
-    same_function(resized(full, 0.5), smaller, 2e-6)
+    same_function(resized(full, 0.5, larger=True), smaller, 2e-6)
 
 
 def test_rvm_with_refiner(exported: Callable[..., Graph]):
@@ -147,7 +147,9 @@ def test_sizes_that_do_not_halve_are_refused():
     apart = load("""(float[1,3,9,8] src, float[1,3,4,8] r) => (float[1,3,9,8] pha, float[1,3,4,8] s) {
         pha = Relu (src)  s = Relu (r) }""")
     with pytest.raises(ModelError, match=r"sides of \[4, 9\] cannot be made 0.5 times as large"):
-        resized(apart, 0.5)                        # 4 is neither half of 9 nor rounded up
+        resized(apart, 0.5, larger=True)           # 4 is neither half of 9 nor rounded up
+    with pytest.raises(ModelError, match=r"sides of \[9\] cannot be made 0.5 times as large"):
+        resized(at(GRU, 9, 8), 0.5)
     same_function(resized(strided(16, 24), 0.5), strided(8, 12), 0.0)
     with pytest.raises(ModelError):
         resized(strided(8, 12), 0.5)               # the inner sizes, 2 and 3, are odd

@@ -44,7 +44,7 @@ def crop_graph(graph: Graph, frame_input: str) -> Graph:
     frame = next(v for v in graph.inputs if v.name == frame_input)
     while ratio * min(frame.shape[2:]) >= SHORT_SIDE:
         try:
-            smaller = resized(graph, ratio)
+            smaller = resized(graph, ratio, larger=True)
         except ModelError:
             break
         if min(min(v.shape[2:]) for v in smaller.inputs if _is_picture(v.shape)) < SHORTEST:
@@ -53,11 +53,12 @@ def crop_graph(graph: Graph, frame_input: str) -> Graph:
     return best
 
 
-def resized(graph: Graph, ratio: float) -> Graph:
+def resized(graph: Graph, ratio: float, *, larger: bool = False) -> Graph:
     """A copy of a static graph whose pictures, states and sizes to resize to are `ratio` times as high and wide.
 
-    Where that is not whole, they are a little larger, if all of them are halves of halves, rounded up, as strides make
-    them: of 270, 135, 68, 34 and 17 half is 144, 72, 36, 18 and 9.
+    Args:
+        larger: where that is not whole, they may be a little larger, if all of them are halves of halves, rounded up,
+            as strides make them: of 270, 135, 68, 34 and 17 half is 144, 72, 36, 18 and 9.
 
     Raises:
         ModelError: there is no such size, or the shapes in the graph do not follow.
@@ -72,7 +73,7 @@ def resized(graph: Graph, ratio: float) -> Graph:
             if sizes.size == 4 and tuple(sizes) not in pooled:
                 sized.append((node, place, sizes.tolist()))
     shapes = [v.shape for v in (*graph.inputs, *graph.outputs) if v.shape and _is_picture(v.shape)]
-    sides = [_scaled({s[axis] for s in (*shapes, *(s for *_, s in sized))}, ratio) for axis in (2, 3)]
+    sides = [_scaled({s[axis] for s in (*shapes, *(s for *_, s in sized))}, ratio, larger) for axis in (2, 3)]
 
     def scaled(shape: Sequence[int]) -> list[int]:
         return [*shape[:2], sides[0][shape[2]], sides[1][shape[3]]]
@@ -99,14 +100,14 @@ def _is_picture(shape: Sequence[int]) -> bool:
     return len(shape) == 4 and tuple(shape[2:]) != (1, 1)
 
 
-def _scaled(sides: Collection[int], ratio: float) -> dict[int, int]:
+def _scaled(sides: Collection[int], ratio: float, larger: bool) -> dict[int, int]:
     """What each of these heights, or widths, becomes."""
     if all(side * ratio == int(side * ratio) for side in sides):
         return {side: int(side * ratio) for side in sides}
     halves = [max(sides)]
     while halves[-1] > min(sides):
         halves.append((halves[-1] + 1) // 2)
-    if not set(sides) <= set(halves):
+    if not larger or not set(sides) <= set(halves):
         raise ModelError(f"sides of {sorted(sides)} cannot be made {ratio} times as large")
     last = math.ceil(halves[0] * ratio / 2 ** (len(halves) - 1))
     return {side: last * 2 ** (len(halves) - 1 - k) for k, side in enumerate(halves)}
