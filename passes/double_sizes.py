@@ -4,8 +4,8 @@
 
 and the sum of two tensors that are read with 3/4 and 1/4 of their scale is an integer Add, many times faster than
 the runtime's Resize. Each of the two is a Gather of x, on [N,H,W,C], as the convolutions around it have it, so that
-rows and pixels are copied whole. The same bits come out: passes/integer_forms.py chose scales with which no sum is a
-half.
+rows and pixels are copied whole. The same bits come out: passes/integer_forms.py and, for results on a grid of
+their own, passes/quantize_biases.py chose scales with which no sum is a half.
 
 Where pictures in float are halved by AveragePool, a linear Resize by 1/2 computes the same in half the time.
 """

@@ -81,8 +81,10 @@ def never_negative(value: Any) -> bool:
         return False
     node = value.inputs[0]
     limits = clip_limits(node)
-    if node.op in KEEPS_SIGN or node.op == "Concat":
-        return all(never_negative(v) for v in (node.inputs if node.op == "Concat" else node.inputs[:1]))
+    if node.op == "Concat":
+        return all(map(never_negative, node.inputs))
+    if node.op in KEEPS_SIGN:
+        return never_negative(node.inputs[0])
     return node.op in ("Relu", "Sigmoid", "HardSigmoid") or (limits is not None and limits[0] >= 0.0)
 
 
