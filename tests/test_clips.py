@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -203,6 +204,34 @@ def test_bad_media_are_named_with_what_to_do(tmp_path: Path, capfd: pytest.Captu
     with pytest.raises(MediaError, match="no clip was given"):
         open_clips([])
     assert capfd.readouterr().err == ""
+
+
+def test_what_a_decoder_says_of_a_picture_stays_off_stderr(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """libjpeg writes to descriptor 2 by itself, whatever thread decodes; and 2 may be closed."""
+    path = put(tmp_path / "a.jpg", picture(3))
+    data = path.read_bytes()
+    tables = data.index(b"\xff\xc4")
+    path.write_bytes(data[:tables] + b"stray" + data[tables:])
+    want = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)
+    assert want is not None
+    assert "extraneous bytes" in capfd.readouterr().err         # what it says when nobody keeps it from it
+
+    def read(_number: int) -> bool:
+        return np.array_equal(next(only(path).frames()), want[..., ::-1].transpose(2, 0, 1))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(read, range(100)))
+    os.write(2, b"still here")
+    assert capfd.readouterr().err == "still here"
+    kept = os.dup(2)
+    os.close(2)
+    try:
+        assert read(0)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(2)
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def test_a_video_that_lost_frames_is_refused(tmp_path: Path) -> None:

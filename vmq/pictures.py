@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ Size = tuple[int, int]
 LARGEST = 8 << 26
 """Bytes of a picture's file, at most: as many pixels as are read above, uncompressed, of four 16-bit channels."""
 _logging: Any = cv2 if hasattr(cv2, "setLogLevel") else cv2.utils.logging  # OpenCV 4, OpenCV 5
+_lock, _decoding = threading.Lock(), 0
+_before: tuple[int, int | None] = (0, None)
 
 
 def read_picture(path: Path, mode: int) -> Frame:
@@ -85,13 +88,39 @@ def in_words(size: Size) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep OpenCV's own complaints off stderr: what is wrong is told by an exception."""
-    level = _logging.getLogLevel()
-    _logging.setLogLevel(0)
+    """Keep what OpenCV and its decoders say of a file off stderr: what is wrong is told by an exception.
+
+    libjpeg writes to descriptor 2 whatever OpenCV's level of logging is. Threads that decode at the same time share one
+    redirection, which ends with the last of them.
+    """
+    global _decoding, _before
+    with _lock:
+        _decoding += 1
+        if _decoding == 1:
+            _before = _logging.getLogLevel(), _redirected()
+            _logging.setLogLevel(0)
     try:
         yield
     finally:
-        _logging.setLogLevel(level)
+        with _lock:
+            _decoding -= 1
+            if _decoding == 0:
+                level, stderr = _before
+                _logging.setLogLevel(level)
+                if stderr is not None:
+                    os.dup2(stderr, 2)
+                    os.close(stderr)
+
+
+def _redirected() -> int | None:
+    """Send descriptor 2 nowhere; returns a copy of where it went, None if it is closed."""
+    try:
+        kept = os.dup(2)
+    except OSError:
+        return None
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    return kept
 
 
 def _sums_are_right(png: bytes) -> bool:
