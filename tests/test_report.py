@@ -122,6 +122,33 @@ def test_blame_names_the_planted_fault_first(faulty: Inspection) -> None:
     assert any(f.about == "closure" and f.name == block.name and " g " in f.says for f in faulty.findings)
 
 
+def test_blame_says_what_a_fitting_grid_brings(faulty: Inspection, seen: Inspection, faulty_dump: Path,
+                                               graphs: tuple[Graph, Graph, dict[str, list[str]]]) -> None:
+    assert next(iter(faulty.refit)) == "g"
+    row = next(t for t in faulty.tensors if t.name == "g")
+    assert row.fit == pytest.approx(1 / 8, rel=0.25)
+    frames = faulty.frames[:8]
+    want = alphas(graphs[0], frames)
+    found = Graph.load(next(faulty_dump.glob("*_lower.onnx")))
+    mended = found.copy()
+    for node in (n for n in mended.value("g").outputs if n.op == "QuantizeLinear"):
+        for scale in {id(n.inputs[1]): n.inputs[1] for n in (node, *node.outputs[0].outputs)}.values():
+            scale.values = np.asarray(scale.values * np.float32(row.fit))
+    errors = [1e3 * float(np.abs(alphas(g, frames) - want).mean()) for g in (found, mended)]
+    assert faulty.whole == pytest.approx(errors[0], rel=1e-6)
+    assert faulty.refit["g"] == pytest.approx(errors[0] - errors[1], rel=1e-6)
+    assert faulty.refit["g"] > 0.5 * (faulty.whole - seen.whole) > 0
+    assert f"alpha MAD is {errors[1]:.2f} instead of {errors[0]:.2f}" in faulty.findings[0].says
+    assert any(line.endswith(" g") for line in faulty.lines())
+    assert "Grids that do not fit" in report_page(faulty)
+    assert seen.refit == {}
+    assert "Grids that do not fit" not in report_page(seen)
+
+
+def alphas(graph: Graph, frames: np.ndarray) -> np.ndarray:
+    return np.stack(list(Session(graph).alphas(frames)))
+
+
 def test_gains_are_of_the_graph_that_they_were_measured_on(faulty: Inspection) -> None:
     """That is not the last one, which here has no fault."""
     scores = {p["name"]: p["alpha_MAD"] for p in faulty.passes if p["alpha_MAD"] is not None}

@@ -9,6 +9,12 @@ Gains say what there is to win by keeping K wider, costs where error would come 
 exact. The two differ because errors cancel and saturate, and because learned layers make up for what layers before
 them lost: costs are not shares of the whole error.
 
+A grid may also be wrong rather than coarse. Of those that do not fit,
+
+    refit(T) = d(everything quantized) - d(the same with the best step for T, by squared error)
+
+says what there is to win without any wider type.
+
 Masking a closure bypasses the Q/DQ pairs behind its tensors and gives its layers the float model's weights and biases.
 What is left is a QDQ model like any other, and ONNX Runtime runs it. A tensor belongs to the closure that makes it;
 weights, the frame and the states to the closure that reads them first.
@@ -26,6 +32,7 @@ from numpy.typing import NDArray
 from vmq.graph import Constant, Graph
 from vmq.layers import homes, quantizer_of, written_by
 from vmq.runtime import Session
+from vmq.tensors import rescaled
 
 Frames = NDArray[np.uint8]
 """A clip, [T,3,H,W] RGB."""
@@ -79,6 +86,25 @@ def blame(quantized: Graph, reference: Graph, units: Mapping[str, Collection[str
         found.append(Blame(name, alone, whole - error(nodes)))
         progress((index + 1) / len(units))
     return whole, sorted(found, key=lambda b: (-b.gain, b.name))
+
+
+def refit(quantized: Graph, reference: Graph, fits: Mapping[str, float], frames: Frames, *,
+          session: Mapping[str, Any] | None = None, progress: Callable[[float], None] = lambda _share: None,
+          ) -> dict[str, float]:
+    """By how much the error falls when one tensor's grid gets another step, by the tensor's name, most first.
+
+    Args:
+        quantized, reference, frames, session, progress: as for `blame`.
+        fits: by tensor, what its step is multiplied by: `Tensor.fit`.
+    """
+    how = dict(session or {})
+    want, gains = _alphas(reference, frames, how), dict[str, float]()
+    whole = float(np.abs(_alphas(quantized, frames, how) - want).mean()) * 1e3 if fits else 0.0
+    for index, (name, factor) in enumerate(fits.items()):
+        got = _alphas(rescaled(quantized, name, factor), frames, how)
+        gains[name] = whole - float(np.abs(got - want).mean()) * 1e3
+        progress((index + 1) / len(fits))
+    return dict(sorted(gains.items(), key=lambda item: (-item[1], item[0])))
 
 
 def closure_quantizers(quantized: Graph, closures: Mapping[str, Collection[str]]) -> dict[str, set[str]]:

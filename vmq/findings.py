@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vmq.graph import Graph
-from vmq.tensors import range_of
+from vmq.tensors import Tensor, range_of
 
 if TYPE_CHECKING:
     from vmq.report import Closure, Inspection
@@ -59,19 +59,27 @@ def findings_of(seen: Inspection, dumps: Sequence[tuple[str, Path]]) -> list[Fin
     return found
 
 
+def unfit(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Activations whose grid does not fit, the worst first; weights' scales are learned to clip."""
+    found = [t for t in tensors if t.kind == "activation" and t.misfit_db is not None
+             and t.misfit_db >= MISFIT_DB and t.sqnr_db < 60]
+    return sorted(found, key=lambda t: (-(t.misfit_db or 0.0), t.name))
+
+
 def _misfits(seen: Inspection, dumps: Sequence[tuple[str, Path]], titles: dict[str, str]) -> list[Finding]:
     """Grids that do not fit, those first that a pass moved: what was never better may be the price of a shared grid."""
-    unfit = [t for t in seen.tensors if t.kind == "activation" and t.misfit_db is not None
-             and t.misfit_db >= MISFIT_DB and t.sqnr_db < 60]      # weights' scales are learned to clip
-    graphs = [(step, Graph.load(path)) for step, path in dumps] if unfit else []
-    told = {t.name: _rescaled(t.name, graphs) for t in unfit}
+    worst = unfit(seen.tensors)
+    graphs = [(step, Graph.load(path)) for step, path in dumps] if worst else []
+    told = {t.name: _rescaled(t.name, graphs) for t in worst}
     found = []
-    for t in sorted(unfit, key=lambda t: (not told[t.name], -(t.misfit_db or 0.0), t.name))[:3]:
+    for t in sorted(worst, key=lambda t: (not told[t.name], -seen.refit.get(t.name, 0.0)))[:3]:
         says = (f"The grid of {t.kind} {t.name} in {titles.get(t.closure, t.closure)} does not fit: its {t.levels} "
                 f"levels reach from {t.low:.3g} to {t.high:.3g}, values on the probe frames from {t.smallest:.3g} to "
                 f"{t.largest:.3g}; {t.used} levels are used, and its noise is {t.misfit_db:.0f} dB above what "
                 f"{t.bits} bits can do.")
-        found.append(Finding("tensor", t.name, f"{says} {told[t.name]}".strip(),
+        better = f"With the best step for it alpha MAD is {seen.whole - seen.refit[t.name]:.2f} instead of " \
+            f"{seen.whole:.2f}." if t.name in seen.refit else ""
+        found.append(Finding("tensor", t.name, " ".join(part for part in (says, told[t.name], better) if part),
                              "Calibrate on footage that looks like this clip, or compile again: no pass should leave a "
                              "scale like this." if told[t.name] else
                              "Calibrate on footage that looks like this clip (`--calib`), or on more of it."))

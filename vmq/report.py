@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vmq.blame import Blame, blame, closure_quantizers, tensor_quantizers
+from vmq.blame import Blame, blame, closure_quantizers, refit, tensor_quantizers
 from vmq.dump import Probe, read_pipeline, read_probe, read_reports
-from vmq.findings import Finding, findings_of
+from vmq.findings import Finding, findings_of, unfit
 from vmq.graph import Graph
 from vmq.layers import homes
 from vmq.loop_error import LoopError, measure_loop
@@ -29,6 +29,8 @@ LOWERED = "lower"
 """The pass up to which tensors stand beside their quantizers; what follows lays integers out."""
 UNCALIBRATED = "insert_qdq"
 """After this pass every scale is still 1: its dump runs, but scoring it would say nothing."""
+REFITS = 8
+"""Grids that do not fit, the worst, of which blame measures what a better one brings."""
 SCORED_FRAMES = 8
 """Probe frames that dumps, tensors and closures are measured on; the error over time is that of all."""
 
@@ -79,6 +81,8 @@ class Inspection:
         loop: error over the probe clip.
         blame: of closures, where most is to gain first; empty if not asked for.
         tensor_blame: of the tensors of the first of these, again where most is to gain first; one for each grid.
+        refit: of tensors whose grid does not fit, by how much the alpha MAD falls with the best step, most first; of
+            blame.
         whole: alpha MAD that gains are of, everything quantized.
         findings: what costs most and what to try, the gravest first.
         wider: what has more bits than nominal.
@@ -95,6 +99,7 @@ class Inspection:
     loop: LoopError | None = None
     blame: list[Blame] = field(default_factory=list)
     tensor_blame: list[Blame] = field(default_factory=list)
+    refit: dict[str, float] = field(default_factory=dict)
     whole: float = 0.0
     findings: list[Finding] = field(default_factory=list)
     wider: dict[str, str] = field(default_factory=dict)
@@ -108,7 +113,8 @@ class Inspection:
                 "notes": self.notes, "findings": [asdict(f) for f in self.findings],
                 "blocks": [asdict(b) for b in self.blocks], "loop": self.loop.to_json() if self.loop else None,
                 "blame": [b.to_json() for b in self.blame], "tensor_blame": [b.to_json() for b in self.tensor_blame],
-                "whole": self.whole, "wider": self.wider, "chosen": self.chosen, "setup": self.setup}
+                "refit": self.refit, "whole": self.whole, "wider": self.wider, "chosen": self.chosen,
+                "setup": self.setup}
 
     def lines(self, tensors: int = 20) -> list[str]:
         """The tables as text, with the worst `tensors` tensors."""
@@ -130,11 +136,7 @@ class Inspection:
             lines.append(f"of the error over the clip, through states: {self.loop.through_all:.0%}; "
                          f"through each alone: {shares}")
         if self.blame:
-            titles = {b.name: b.title for b in self.blocks}
-            lines += ["", *_blame_lines("closure", self.blame, titles), "",
-                      *_blame_lines(f"tensor of {titles[self.blame[0].name]}", self.tensor_blame, {}),
-                      "cost: alpha MAD with this alone quantized; gain: what the alpha MAD falls by with this alone in "
-                      f"float, from {self.whole:.3f}"]
+            lines += ["", *_blame_lines(self)]
         lines += ["", f"{'SQNR dB':>8}{'own dB':>8}{'misfit':>8}  tensor (worst {min(tensors, len(self.tensors))} of "
                   f"{len(self.tensors)})"]
         for t in self.tensors[:tensors]:
@@ -149,9 +151,17 @@ class Inspection:
         return lines
 
 
-def _blame_lines(what: str, rows: Sequence[Blame], titles: dict[str, str]) -> list[str]:
-    return [f"{'cost':>8}{'gain':>8}  {what}",
-            *(f"{b.cost:>8.3f}{b.gain:>8.3f}  {titles.get(b.name, b.name)}" for b in rows)]
+def _blame_lines(seen: Inspection) -> list[str]:
+    titles = {b.name: b.title for b in seen.blocks}
+    lines = [f"{gain:>16.3f}  {name}" for name, gain in seen.refit.items()]
+    if lines:
+        lines = [f"{'gain':>16}  tensor whose grid does not fit, with the best step", *lines, ""]
+    for what, rows in (("closure", seen.blame), (f"tensor of {titles[seen.blame[0].name]}", seen.tensor_blame)):
+        lines += [f"{'cost':>8}{'gain':>8}  {what}",
+                  *(f"{b.cost:>8.3f}{b.gain:>8.3f}  {titles.get(b.name, b.name)}" for b in rows), ""]
+    lines[-1] = "cost: alpha MAD with this alone quantized; gain: what the alpha MAD falls by with this alone in " \
+        f"float, from {seen.whole:.3f}"
+    return lines
 
 
 def chosen_lines(report: Mapping[str, Any], titles: Mapping[str, str]) -> list[str]:
@@ -183,7 +193,8 @@ def inspect_dump(folder: Path, progress: Callable[[str, float], None] = lambda _
     Args:
         folder: the dump.
         progress: called with (what is being done, share done).
-        with_blame: measure also what each closure costs: two runs of the probe frames for each.
+        with_blame: measure also what each closure costs: two runs of the probe frames for each, and one for each grid
+            that does not fit.
         probe: another one than the dump's own, of the model's size.
 
     Raises:
@@ -235,14 +246,16 @@ def _measured(base: Inspection, parts: dict[str, Any], reference: Graph, quantiz
     loop = measure_loop(reference, quantized, base.frames, session=how,
                         progress=lambda share: progress("error over time", share))
     blocks = _closures(members, parts, reference, tensors)
-    whole, rows, inner = 0.0, list[Blame](), list[Blame]()
+    whole, rows, inner, better = 0.0, list[Blame](), list[Blame](), dict[str, float]()
     if with_blame:
         whole, rows = blame(quantized, reference, closure_quantizers(quantized, members), some, session=how,
                             progress=lambda share: progress("blame: closures", share))
         _, inner = blame(quantized, reference, tensor_quantizers(quantized, reference, members, rows[0].name), some,
                          session=how, progress=lambda share: progress("blame: tensors", share))
+        better = refit(quantized, reference, {t.name: t.fit for t in unfit(tensors)[:REFITS] if t.fit}, some,
+                       session=how, progress=lambda share: progress("blame: grids that do not fit", share))
     found = Inspection(**{**vars(base), "tensors": tensors, "blocks": blocks, "loop": loop, "blame": rows,
-                          "tensor_blame": inner, "whole": whole})
+                          "tensor_blame": inner, "refit": better, "whole": whole})
     found.findings.extend(findings_of(found, dumps))
     return found
 

@@ -230,6 +230,12 @@ def _closures(seen: Inspection) -> str:
                 f"{cell(b.cost, 3)}</tr>" for b in seen.tensor_blame]
         inner = f"<h3>The tensors of {esc(first)}</h3>" + scroll("Tensors of the worst closure", sortable(
             [("tensor", False), ("gain", True), ("cost", True)], body), tall=len(body) > 16)
+    if seen.refit:
+        body = [f'<tr><th scope="row" class="name" data-v="{esc(name)}">{esc(name)}</th>{cell(gain, 3)}</tr>'
+                for name, gain in seen.refit.items()]
+        inner += ("<h3>Grids that do not fit</h3><p>Gain: by how much the error of alpha falls when this tensor alone "
+                  "gets the step that fits its values best, with as many levels.</p>") + scroll(
+            "Grids that do not fit", sortable([("tensor", False), ("gain", True)], body))
     return f"""<p>The blocks of reconstruction in topological order: none cuts through a state update. Lines are what
 they read from each other; a ring is a recurrent state that comes back with the next frame. {what}</p>
 <div class="chain">{_wires(seen.blocks)}<ol>{"".join(items)}</ol></div>

@@ -58,6 +58,7 @@ class Tensor:
         clipped: share of values beyond the ends of the grid, by more than half a step.
         levels, used: levels of the grid, and how many of them occurred (of weights, in any channel).
         flips: share of a weight's integers that are not the nearest ones.
+        fit: the step of the best grid as a multiple of this grid's; of activations.
         histogram: share of values in `BINS` bars over the grid and a quarter of its width beyond each end; the
             outermost two hold all that lies further out.
     """
@@ -78,6 +79,7 @@ class Tensor:
     levels: int | None = None
     used: int | None = None
     flips: float | None = None
+    fit: float | None = None
     histogram: list[float] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -135,10 +137,26 @@ def range_of(quantized: Graph, name: str) -> tuple[float, float] | None:
     return grids[-1].ends if grids else None
 
 
+def rescaled(quantized: Graph, name: str, factor: float) -> Graph:
+    """A copy in which the grid that a float tensor is quantized on, and all that shares its scale, has other steps.
+
+    Args:
+        quantized: is left as it is.
+        name: of the tensor, in the float model.
+        factor: what the step is multiplied by; `Tensor.fit` gives the best grid.
+    """
+    graph = quantized.copy()
+    grids = _read_grid(next(v for v in graph.values() if v.name == name))[1]
+    for scale in {id(s): s for s in (n.inputs[1] for n in grids[-1].nodes)}.values():
+        scale.values = np.asarray(scale.values * np.float32(factor))
+    return graph
+
+
 @dataclass(frozen=True)
 class _Grid:
-    """A quantizer of an activation."""
+    """A quantizer of an activation, and the nodes that it is made of."""
 
+    nodes: tuple[Any, ...]
     scale: Array
     zero: Array
     low: int
@@ -202,9 +220,9 @@ class _Watched:
             return Tensor(**seen)
         scale, zero = search_range(y, float(y.min()), float(y.max()), grid.spec, norm=2.0, steps=STEPS,
                                    through=self.reader)
-        best = _Grid(scale, zero, grid.spec.qmin, grid.spec.qmax)
+        best = _Grid((), scale, zero, grid.spec.qmin, grid.spec.qmax)
         reachable = _squares(self.through(best.round(y)) - wanted)
-        return Tensor(**seen, misfit_db=_misfit(own, reachable, _squares(wanted)))
+        return Tensor(**seen, misfit_db=_misfit(own, reachable, _squares(wanted)), fit=float(scale / grid.scale))
 
 
 def _watched(reference: Graph, quantized: Graph, homes: Mapping[str, str]) -> list[_Watched]:
@@ -235,12 +253,12 @@ def _read_grid(value: Any) -> tuple[Any, list[_Grid], Any]:
     raw = _raw(value)
     reader = raw.inputs[0] if raw.inputs else None
     written = written_by(reader) if reader is not None and reader.op == "DequantizeLinear" else None
-    return raw, ([_grid(reader)] if written is not None else []) + _grids(raw), written
+    return raw, ([_grid((reader, written))] if written is not None else []) + _grids(raw), written
 
 
 def _as_read(written: Any, reader: Any, y: Array) -> Array:
     """What a form reads where this was written, but for rounding: shifted, saturated, scaled."""
-    ours, theirs = _grid(written), _grid(reader)
+    ours, theirs = _grid((written,)), _grid((reader,))
     places = ours.places(y)
     if ours.zero != theirs.zero:                       # the function saturates where the integers do
         places = np.clip(places, ours.low, ours.high + 1)
@@ -270,17 +288,18 @@ def _grids(raw: Any) -> list[_Grid]:
                  if d.op == "DequantizeLinear"]
         pairs = [(pair, d) for d in reads for pair in [quantizer_of(d)] if pair is not None]
         if not pairs:
-            return grids + [_grid(q) for d in reads[-1:] for q in [written_by(d)] if q is not None]
+            return grids + [_grid((q, d)) for d in reads[-1:] for q in [written_by(d)] if q is not None]
         (node, limits), dequantizer = pairs[-1]
-        grids.append(_grid(node, limits))
+        grids.append(_grid((node, dequantizer), limits))
         value = dequantizer.outputs[0]
 
 
-def _grid(node: Any, limits: tuple[int, int] | None = None) -> _Grid:
-    """The grid of a Q or DQ, of whole tensors, perhaps with fewer levels than its type has."""
-    spec = QuantSpec.of(node.inputs[2].dtype)
-    return _Grid(np.asarray(node.inputs[1].values, np.float32).reshape(()),
-                 np.asarray(node.inputs[2].values).astype(np.float32).reshape(()), *(limits or (spec.qmin, spec.qmax)))
+def _grid(nodes: tuple[Any, ...], limits: tuple[int, int] | None = None) -> _Grid:
+    """The grid of the first of these, a Q or DQ of whole tensors, perhaps with fewer levels than its type has."""
+    _, scale, zero = nodes[0].inputs
+    spec = QuantSpec.of(zero.dtype)
+    return _Grid(nodes, np.asarray(scale.values, np.float32).reshape(()),
+                 np.asarray(zero.values).astype(np.float32).reshape(()), *(limits or (spec.qmin, spec.qmax)))
 
 
 def _function(value: Any) -> Callable[..., Array] | None:
