@@ -36,15 +36,15 @@ from torch import Tensor
 from vmq import processes
 from vmq.crops import Crops, crop_graph
 from vmq.errors import ModelError, OutputError, PassError
-from vmq.fakequant import FakeQuantize, along, grid_scale
-from vmq.gptq import Layer, Moments, bias_of, layer_of, round_columns
+from vmq.fakequant import FakeQuantize
 from vmq.graph import Constant, Graph
 from vmq.lanes import LANES, Lanes
 from vmq.layers import float_source, homes
-from vmq.learning import SETTLED, Adam, Dropped, Parameter, SoftRounding, assign, coarse, mixed, parameters
+from vmq.learning import Adam, Dropped, Parameter, SoftRounding, assign, coarse, mixed, parameters
 from vmq.memory import available
 from vmq.pipeline import Context, Pass, PassResult
 from vmq.recipe import BlockRecipe
+from vmq.round_layers import Frames, round_layers
 from vmq.runtime import Session
 from vmq.shadow import Shadow
 
@@ -52,9 +52,6 @@ MEMORY = 2 << 30
 """Bytes of block inputs and outputs that are held in memory, at most; what is more goes to temporary files."""
 COLUMNS = 24
 """Frames that a layer's columns are rounded on."""
-RECENT, KEPT = 4, 1 << 29
-"""So many of the values that layers read are kept for each of these frames, if they take no more bytes than that: what
-lies behind them, past a shortcut as well, is computed from there."""
 ITEM = 2
 """Frames that gradients are taken of at a time."""
 WARM_UP = 8
@@ -252,7 +249,7 @@ class _Reconstruction:
         learned = [p for p in parameters(shadow, learn, nodes) if p.constant not in self.learned]
         saved = context.checkpoint.load(key)
         if recipe.gptq and saved is None and block.taught:
-            self._round_columns(block, weights, recipe, floats, ours)
+            self._round_layers(block, weights, recipe, floats, ours)
         soft = dict[str, SoftRounding]()
         if "rounding" in learn:
             for name, weight in weights.items():
@@ -288,53 +285,28 @@ class _Reconstruction:
                          (place[0] + 1) / place[1])
         return {"layers": len(weights), "error_before": before, "error_after": after}
 
-    @torch.no_grad()
-    def _round_columns(self, block: _Block, weights: dict[str, str], recipe: BlockRecipe, floats: dict[str, Tensor],
-                       ours: dict[str, Tensor]) -> None:
-        """Round the weights of a block's layers one after the other, each on what those before it give."""
+    def _round_layers(self, block: _Block, weights: dict[str, str], recipe: BlockRecipe, floats: dict[str, Tensor],
+                      ours: dict[str, Tensor]) -> None:
+        """Round the columns of the block's weights that are not learned yet."""
         shadow, (count, length) = self.shadow, ours[self.frame].shape[:2]
         rng = np.random.default_rng((self.context.options.seed, 53))
         picks: list[tuple[int, int, Any]] = [(int(k) // length, int(k) % length, rng.random(2))
                                              for k in rng.permutation(count * length)[:COLUMNS]]
+
+        def given(k: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            s, t, _ = picks[k]
+            own, exact = ({n: store[n][s, t].to(self.device) for n in names}
+                          for store, names in ((ours, block.reads), (floats, block.float_reads)))
+            return own, exact
+
         twins = {v.name: node for node in self.exact.graph.nodes for v in node.outputs}
-        recent: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = [({}, {}) for _ in picks]
+        layers = []
         for node in shadow.graph.nodes:
             name = weights.get(node.inputs[1].name) if len(node.inputs) > 1 else None
-            if name is None or name in self.learned or len(node.inputs[1].outputs) > 1:
-                continue
-            twin, weight = twins.get(self.sources[node.outputs[0].name]), shadow.parameter(name)
-            layer, quantizer = layer_of(node, weight.shape), _own(shadow.quantizers[node.inputs[1].name])
-            if twin is None or twin.op != node.op or layer is None or bool(quantizer.grid_zero().any()):
-                continue
-            read, float_read = node.inputs[0].name, twin.inputs[0].name
-            held = shadow.run({}, self._fixed(block))
-
-            def moments(k: int, layer: Layer = layer, held: dict[str, Tensor] = held, read: str = read,
-                        float_read: str = float_read) -> Moments:
-                (s, t, offset), (own, exact) = picks[k], recent[k]
-                given, given_exact = ({n: store[n][s, t].to(self.device) for n in names}
-                                      for store, names in ((ours, block.reads), (floats, block.float_reads)))
-                x = _read(shadow, {**held, **given}, own, read)
-                y = _read(self.exact, given_exact, exact, float_read)
-                return Moments.of(layer.columns(x, offset), layer.columns(y, offset))
-
-            found, at_once = None, LANES * processes.count()
-            for start in range(0, len(picks), at_once):         # each is as large as H
-                for part in self.lanes.map(moments, range(start, min(start + at_once, len(picks)))):
-                    found = part if found is None else found.add(part)
-            assert found is not None
-            bias = bias_of(node) if "bias" in recipe.learn else None
-            scale = along(grid_scale(quantizer.scale), weight, quantizer.spec.axis).expand_as(weight)
-            scale = layer.split(scale)[:, :, :1].double()
-            exact = layer.split(self.exact.parameter(twin.inputs[1].name))
-            wanted, steps, gain = round_columns(exact, scale, quantizer.limits, found, biased=bias is not None)
-            near = torch.minimum(torch.maximum(wanted / scale, steps - SETTLED), steps + SETTLED)
-            ends = (steps <= quantizer.limits[0]) | (steps >= quantizer.limits[1])
-            weight.copy_(layer.join(torch.where(ends, steps, near) * scale))
-            if bias is not None:
-                own = bias_of(twin)
-                given = self.exact.parameter(own.name) if own is not None else 0.0
-                shadow.parameter(bias.name).copy_(given + gain.reshape(-1))
+            if name is not None and name not in self.learned and len(node.inputs[1].outputs) == 1:
+                layers.append((node, twins.get(self.sources[node.outputs[0].name]), name))
+        round_layers(shadow, self.exact, layers, Frames(given, [p[2] for p in picks]),
+                     lambda: shadow.run({}, self._fixed(block)), self.lanes, biased="bias" in recipe.learn)
 
     def _descend(self, block: _Block, learned: list[Parameter], soft: list[SoftRounding], floats: dict[str, Tensor],
                  ours: dict[str, Tensor], recipe: BlockRecipe, key: str, place: tuple[int, int]) -> None:
@@ -427,18 +399,6 @@ class _Block:
         self.reads, self.gives, self.taught, self.states = reads, gives, taught, states
         self.float_reads = float_reads
         self.fixed: tuple[str, ...] | None = None
-
-
-def _read(shadow: Shadow, given: dict[str, Tensor], recent: dict[str, Tensor], name: str) -> Tensor:
-    """A value, computed from what is given and from values that were asked for before and have not changed since."""
-    value = recent.get(name)
-    if value is None:
-        value = shadow.run({**given, **recent}, [name])[name]
-        if value.nbytes * RECENT * 2 * COLUMNS <= KEPT:
-            if len(recent) == RECENT:
-                del recent[next(iter(recent))]
-            recent[name] = value
-    return value
 
 
 def _unchanged(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tiny_recurrent import FEED_FORWARD, GRU, LSTM, read
 
 from passes import reconstruct_blocks
+from vmq import round_layers
 from vmq.checkpoint import Checkpoint
 from vmq.errors import PassError
 from vmq.gptq import Moments
@@ -183,7 +184,7 @@ def test_what_layers_read_is_computed_from_what_those_before_read(start: tuple[G
     real, steps = Shadow._call, list[int]()
 
     def run(most: int) -> bytes:
-        monkeypatch.setattr(reconstruct_blocks, "KEPT", most)
+        monkeypatch.setattr(round_layers, "KEPT", most)
         steps.append(0)
         return reconstruct(start, 1, learn=("rounding", "bias"), gptq=True)[0].to_bytes()
 
@@ -200,7 +201,7 @@ def test_columns_that_were_rounded_are_kept(start: tuple[Graph, Context], monkey
     kept = Kept()
     options: dict[str, Any] = {"learn": ("rounding", "bias"), "gptq": True, "checkpoint": kept}
     first, _ = reconstruct(start, 1, **options)
-    monkeypatch.setattr(reconstruct_blocks, "round_columns", None)
+    monkeypatch.setattr(round_layers, "round_columns", None)
     kept_entries = dict(kept.entries)
     again, _ = reconstruct(start, 1, **options)
     assert kept.entries == kept_entries

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from vmq.graph import Constant, Graph
 from vmq.layers import homes, quantizer_of, written_by
 from vmq.runtime import Session
-from vmq.tensors import rescaled
+from vmq.tensors import scales_of
 
 Frames = NDArray[np.uint8]
 """A clip, [T,3,H,W] RGB."""
@@ -91,18 +91,29 @@ def blame(quantized: Graph, reference: Graph, units: Mapping[str, Collection[str
 def refit(quantized: Graph, reference: Graph, fits: Mapping[str, float], frames: Frames, *,
           session: Mapping[str, Any] | None = None, progress: Callable[[float], None] = lambda _share: None,
           ) -> dict[str, float]:
-    """By how much the error falls when one tensor's grid gets another step, by the tensor's name, most first.
+    """By how much the error falls when the grid of one tensor gets another step, by the tensor's name, most first.
+
+    Tensors that share a grid are one, under the name of the one that wants the widest steps, and get those.
 
     Args:
         quantized, reference, frames, session, progress: as for `blame`.
         fits: by tensor, what its step is multiplied by: `Tensor.fit`.
     """
-    how = dict(session or {})
-    want, gains = _alphas(reference, frames, how), dict[str, float]()
-    whole = float(np.abs(_alphas(quantized, frames, how) - want).mean()) * 1e3 if fits else 0.0
-    for index, (name, factor) in enumerate(fits.items()):
-        got = _alphas(rescaled(quantized, name, factor), frames, how)
-        gains[name] = whole - float(np.abs(got - want).mean()) * 1e3
+    how, gains, done = dict(session or {}), dict[str, float](), set[str]()
+    want = _alphas(reference, frames, how)
+
+    def error(graph: Graph) -> float:
+        return float(np.abs(_alphas(graph, frames, how) - want).mean()) * 1e3
+
+    whole = error(quantized) if fits else 0.0
+    for index, (name, factor) in enumerate(sorted(fits.items(), key=lambda item: -item[1])):
+        graph = quantized.copy()
+        scales = scales_of(graph, name)
+        if done.isdisjoint(s.name for s in scales):
+            for scale in scales:
+                scale.values = np.asarray(scale.values * np.float32(factor))
+            gains[name] = whole - error(graph)
+            done |= {s.name for s in scales}
         progress((index + 1) / len(fits))
     return dict(sorted(gains.items(), key=lambda item: (-item[1], item[0])))
 

@@ -137,19 +137,10 @@ def range_of(quantized: Graph, name: str) -> tuple[float, float] | None:
     return grids[-1].ends if grids else None
 
 
-def rescaled(quantized: Graph, name: str, factor: float) -> Graph:
-    """A copy in which the grid that a float tensor is quantized on, and all that shares its scale, has other steps.
-
-    Args:
-        quantized: is left as it is.
-        name: of the tensor, in the float model.
-        factor: what the step is multiplied by; `Tensor.fit` gives the best grid.
-    """
-    graph = quantized.copy()
-    grids = _read_grid(next(v for v in graph.values() if v.name == name))[1]
-    for scale in {id(s): s for s in (n.inputs[1] for n in grids[-1].nodes)}.values():
-        scale.values = np.asarray(scale.values * np.float32(factor))
-    return graph
+def scales_of(quantized: Graph, name: str) -> list[Constant]:
+    """The scales of the grid that a float tensor is quantized on; tensors may share them."""
+    grids = _read_grid(next(v for v in quantized.values() if v.name == name))[1]
+    return list({s.name: s for n in grids[-1].nodes for s in [n.inputs[1]]}.values()) if grids else []
 
 
 @dataclass(frozen=True)
