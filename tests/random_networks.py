@@ -139,7 +139,7 @@ class _Builder:
     def layer(self, x: _Value) -> _Value:
         """A layer of any kind; `own` are the nodes from its last multiply-add on."""
         kind = self.pick(["conv", "depthwise", "grouped", "dilated", "residual", "squeeze", "down", "norm", "pool",
-                          "attention", "transposed", "tokens", "tokens"])
+                          "pooled", "attention", "transposed", "tokens", "tokens"])
         self.features.append(kind)
         c, stride = x.channels, x.stride
         if kind == "squeeze":
@@ -147,10 +147,11 @@ class _Builder:
             gate = self.op("Relu", [self.conv(gate, c, 4, 1)])
             gate = self.op(self.pick(["Sigmoid", "HardSigmoid"]), [self.conv(gate, 4, c, 1)])
             return _Value(self.op("Mul", [x.name, gate]), c, stride)
-        if kind == "pool":
+        if kind in ("pool", "pooled"):
             pool = self.pick(["MaxPool", "AveragePool"])
             same = self.op(pool, [x.name], kernel_shape=[3, 3], strides=[1, 1], pads=[1, 1, 1, 1])
-            return _Value(self.op("Concat", [x.name, same], axis=1), 2 * c, stride)
+            return _Value(self.op("Concat", [x.name, same], axis=1), 2 * c, stride) if kind == "pool" else \
+                _Value(same, c, stride)
         if kind == "attention" and not self.dynamic:
             return self.attention(x)
         if kind == "tokens":

@@ -10,10 +10,11 @@ import onnx
 import pytest
 import tiny_matting as tiny
 import tiny_recurrent
+from onnx_text import load
 
 from vmq.errors import MediaError, ModelError, OptionError
 from vmq.graph import Graph
-from vmq.runtime import STATES_KEY, Session
+from vmq.runtime import STATES_KEY, Session, create_session
 from vmq.states import StatePair
 
 
@@ -245,6 +246,22 @@ def test_a_model_that_the_runtime_refuses(capfd: pytest.CaptureFixture[str]) -> 
         session(model)
     assert "\n" not in str(error.value)
     assert capfd.readouterr() == ("", "")  # the runtime's own log stays quiet
+
+
+@pytest.mark.parametrize(("node", "shape"), [
+    ("MaxPool <kernel_shape = [2,2], strides = [2,2]> (read)", "1,2,2,3"), ("ReduceMax (read, axes)", "1,2,1,6"),
+    ("ReduceMin (read, axes)", "1,2,1,6")])
+def test_integers_of_4_bits_that_the_runtime_has_no_kernel_for(node: str, shape: str) -> None:
+    """It moves these operators onto the integers that they read, and then refuses what it has made."""
+    graph = load(f"""(float[1,2,4,6] x) => (float[{shape}] y)
+            <float scale = {{0.1}}, uint4 zero = {{3}}, int64[1] axes = {{2}}> {{
+        steps = QuantizeLinear (x, scale, zero)  read = DequantizeLinear (steps, scale, zero)
+        found = {node}
+        q = QuantizeLinear (found, scale, zero)  y = DequantizeLinear (q, scale, zero) }}""")
+    feeds = {"x": np.random.default_rng(0).uniform(-0.2, 1.2, (1, 2, 4, 6)).astype(np.float32)}
+    found = [create_session(graph, optimize=o).run(None, feeds)[0] for o in (False, True)]
+    assert np.array_equal(*found)
+    assert found[0].std() > 0
 
 
 def test_negative_threads() -> None:

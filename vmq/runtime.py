@@ -29,6 +29,8 @@ from vmq.quant import quantize
 from vmq.spec import Normalization, QuantSpec, check_size
 from vmq.states import DataFlow, StatePair, pair_states
 
+NOT_ON_UINT4 = frozenset({"MaxPool", "ReduceMax", "ReduceMin"})
+"""What ONNX Runtime puts before the DequantizeLinear that it reads, and has no kernel for on 4-bit integers."""
 STATES_KEY = "vmq.states"
 """Metadata key under which a compiled model names its state pairs, as JSON {input: output}."""
 
@@ -397,6 +399,8 @@ def create_session(graph: Graph, *, threads: int = 0, optimize: bool = True, ext
     proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in dict.fromkeys(extra) if n not in present)
     four_bit = any(c.dtype == np.dtype(ml_dtypes.uint4) for c in graph.constants())
     disabled = ["ClipQuantRewrite"] if four_bit else []       # it throws where it meets a 4-bit zero point
+    if four_bit and any(n.op in NOT_ON_UINT4 for n in graph.nodes):
+        disabled.append("QDQSelectorActionTransformer")
     providers = list[Any]()
     if device == "cuda" and "CUDAExecutionProvider" in ort.get_available_providers():
         providers = [("CUDAExecutionProvider", {"device_id": processes.gpu()})]
