@@ -91,13 +91,21 @@ def test_what_a_runtime_gives(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 
+def test_a_name_of_a_python_that_does_not_run_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    for name, code in (("python3.98", 127), ("python3.99", 0)):
+        (tmp_path / name).write_text(f"#!/bin/sh\nexit {code}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert [check_versions.runs(p) for p in ("3.97", "3.98", "3.99")] == [False, False, True]
+    assert check_versions.check("3.98", "newest", tmp_path, []) is None
+
 
 def test_a_failed_test_is_a_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
                                     tmp_path: Path):
     monkeypatch.setattr(check_versions, "environment", lambda *_: Path(sys.executable))
     monkeypatch.setattr(check_versions, "ROOT", tmp_path)
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    monkeypatch.setattr(check_versions.shutil, "which", lambda name: name)
+    monkeypatch.setattr(check_versions, "runs", lambda python: True)
     for content, code in (("assert False", 1), ("pass", 0)):
         (tmp_path / "test_one.py").write_text(f"def test_one():\n    {content}\n", encoding="utf-8")
         assert check_versions.main(["--python", version, "--ends", "newest", "-p", "no:cacheprovider"]) == code
@@ -111,7 +119,7 @@ def test_what_cannot_be_installed_is_a_failure(monkeypatch: pytest.MonkeyPatch, 
         raise subprocess.CalledProcessError(1, command)
 
     monkeypatch.setattr(check_versions.subprocess, "run", fail)
-    monkeypatch.setattr(check_versions.shutil, "which", lambda name: name)
+    monkeypatch.setattr(check_versions, "runs", lambda python: True)
     said = check_versions.check("3.11", "oldest", tmp_path, [])
     assert said is not None
     assert said.startswith("failed: python3.11 -m venv")

@@ -74,9 +74,17 @@ def environment(python: str, end: str, cache: Path) -> Path:
     return interpreter
 
 
+def runs(python: str) -> bool:
+    """Whether there is such a Python: a name alone may be a shim of pyenv that ends with an error."""
+    try:
+        return not subprocess.run([f"python{python}", "--version"], capture_output=True, check=False).returncode
+    except OSError:
+        return False
+
+
 def check(python: str, end: str, cache: Path, arguments: Sequence[str]) -> str | None:
     """Run the tests in one environment; returns a line of what they said, None where there is no such Python."""
-    if shutil.which(f"python{python}") is None:
+    if not runs(python):
         return None
     try:
         interpreter = environment(python, end, cache)
