@@ -105,7 +105,7 @@ def test_a_failed_test_is_a_failure(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr(check_versions, "environment", lambda *_: Path(sys.executable))
     monkeypatch.setattr(check_versions, "ROOT", tmp_path)
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    monkeypatch.setattr(check_versions, "runs", lambda python: True)
+    monkeypatch.setattr(check_versions, "runs", lambda _: True)
     for content, code in (("assert False", 1), ("pass", 0)):
         (tmp_path / "test_one.py").write_text(f"def test_one():\n    {content}\n", encoding="utf-8")
         assert check_versions.main(["--python", version, "--ends", "newest", "-p", "no:cacheprovider"]) == code
@@ -119,7 +119,7 @@ def test_what_cannot_be_installed_is_a_failure(monkeypatch: pytest.MonkeyPatch, 
         raise subprocess.CalledProcessError(1, command)
 
     monkeypatch.setattr(check_versions.subprocess, "run", fail)
-    monkeypatch.setattr(check_versions, "runs", lambda python: True)
+    monkeypatch.setattr(check_versions, "runs", lambda _: True)
     said = check_versions.check("3.11", "oldest", tmp_path, [])
     assert said is not None
     assert said.startswith("failed: python3.11 -m venv")
