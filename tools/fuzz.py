@@ -14,6 +14,7 @@ import argparse
 import collections
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -75,9 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outcome = run_case(args.case, seeds, **limits)
         print(f"case {args.case} ({outcome.kind}): {outcome.verdict}, {outcome.seconds:.1f} s\n{outcome.said}")
         return int(outcome.is_find)
-    started, number = time.monotonic(), args.first
+    started, number, stopped = time.monotonic(), args.first, list[int]()
+    signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))       # count what was done until then
     counts: collections.Counter[tuple[str, str]] = collections.Counter()
-    while time.monotonic() < started + 60.0 * args.minutes and number - args.first != args.cases:
+    while time.monotonic() < started + 60.0 * args.minutes and number - args.first != args.cases and not stopped:
         outcome = run_case(number, seeds, **limits)
         counts[outcome.kind, outcome.verdict] += 1
         if outcome.is_find:
