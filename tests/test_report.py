@@ -122,6 +122,36 @@ def test_blame_names_the_planted_fault_first(faulty: Inspection) -> None:
     assert any(f.about == "closure" and f.name == block.name and " g " in f.says for f in faulty.findings)
 
 
+@pytest.mark.slow
+def test_a_planted_fault_in_rvm_is_named_first(shared: Path, tmp_path: Path) -> None:
+    """W4A4, on the built-in clips: what the candidate of the first state's GRU is computed from."""
+    from models import rvm
+
+    state = rvm.load_state(shared / "rvm" / "rvm_mobilenetv3.safetensors")
+    rvm.export(rvm.build("mobilenetv3", state), tmp_path / "rvm.onnx", size=(144, 256))
+    vmq.compile(tmp_path / "rvm.onnx", bits="4", effort="fast", dump=tmp_path / "dump")
+    names_the_gate_first(tmp_path / "dump")
+
+
+def names_the_gate_first(dump: Path) -> None:
+    """What the gate reads, 8 times too coarse, is named first by inspect and in both tables of blame."""
+    exact = Graph.load(next(dump.glob("*_fold_resizes.onnx")))
+    gate = [n for n in exact.nodes if n.op == "Tanh"][-1].inputs[0].inputs[0]
+    for path in (*dump.glob("*_quantize_biases.onnx"), *dump.glob("*_lower.onnx")):
+        graph = Graph.load(path)
+        scale = next(n for n in graph.nodes if n.name == gate.name).inputs[0].inputs[0].inputs[1]
+        assert len(scale.outputs) > 1
+        scale.values = np.asarray(scale.values * np.float32(8.0))
+        graph.save(path)
+    found = inspect_dump(dump, with_blame=True)
+    first = found.findings[0]
+    assert (first.about, first.name) == ("tensor", gate.inputs[0].name)
+    assert "Pass quantize_biases made its range 8 times as wide" in first.says
+    assert next(iter(found.refit)) == gate.inputs[0].name
+    assert next(b for b in found.blocks if b.name == found.blame[0].name).states == ["r1i"]
+    print(*found.lines(0), sep="\n")
+
+
 def test_blame_says_what_a_fitting_grid_brings(faulty: Inspection, seen: Inspection, faulty_dump: Path,
                                                graphs: tuple[Graph, Graph, dict[str, list[str]]]) -> None:
     assert next(iter(faulty.refit)) == "g"
