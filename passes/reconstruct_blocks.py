@@ -96,6 +96,7 @@ class _Reconstruction:
         session = Session(context.reference, optimize=False, pairs=context.options.pairs)
         self.normalized, self.first_alpha = session.normalized, session.first_alpha_input
         self.frame, self.states = session.frame_input, {p.input: p.output for p in session.state_pairs}
+        self.pictures = set(session.pictures().values())
         exact = crop_graph(context.reference, self.frame)
         self.device = context.options.device
         self.exact = Shadow(exact, self.device)
@@ -133,7 +134,7 @@ class _Reconstruction:
             states = {i: g for i, o in self.states.items() if i in reads
                       for g in sorted(gives, key=o.__ne__)[:1] if o in (g, self.sources[g])}
             taught = [(g, self.sources[g]) for g in gives if floats[self.sources[g]].is_floating_point()]
-            block = _Block(reads, gives, taught, states, float_reads)
+            block = _Block(reads, gives, taught, states, float_reads, self._shares(taught, states, floats))
             key = f"blocks-{number}-{index}"
             report.append(self._learn(block, nodes, floats, ours, recipe, key, (index, len(edges))))
             self._advance(self.shadow, ours, reads, gives, block.states)
@@ -142,6 +143,21 @@ class _Reconstruction:
                 for name in set(store) - later - {self.frame, *self.states}:
                     self.bytes -= store.pop(name).nbytes
         return report
+
+    def _shares(self, taught: Sequence[tuple[str, str]], states: dict[str, str], floats: dict[str, Tensor],
+                ) -> dict[str, float]:
+        """What the error of each output of a block counts for: 1, as published.
+
+        A memory may have a thousand times the power of alpha, which would count for nothing. So where pictures leave a
+        block together with states they count as much as all else, and each output by its error relative to its power.
+        """
+        pictures = [g for g, source in taught if source in self.pictures]
+        if not states or len(pictures) in (0, len(taught)):
+            return {g: 1.0 for g, _ in taught}
+        powers = {g: _power(floats[source]) for g, source in taught}
+        least, whole = 1e-6 * max(powers.values()), sum(powers.values())
+        return {g: whole / (2 * (len(pictures) if g in pictures else len(taught) - len(pictures)) * max(power, least))
+                for g, power in powers.items()}
 
     # -- data ---------------------------------------------------------------------------------------
 
@@ -369,7 +385,7 @@ class _Reconstruction:
             carried = {i: made[o] for i, o in block.states.items()}
             for name, target in block.taught:
                 off = (made[name] - read(floats, target, t)).square()
-                total = total + off.sum() * (off.shape[1] if off.ndim > 1 else 1) / off.numel()
+                total = total + block.shares[name] * off.sum() * (off.shape[1] if off.ndim > 1 else 1) / off.numel()
         return total / len(times)
 
     def _fixed(self, block: _Block) -> tuple[str, ...]:
@@ -384,21 +400,25 @@ class _Reconstruction:
         length = ours[self.frame].shape[1]
         count = min(4, ours[self.frame].shape[0])
         items = [[(s, None)] if block.states else [(s, t)] for s in range(count) for t in range(length)][:8]
-        powers = sum(float(floats[n][:count].square().mean()) * floats[n].shape[3 if floats[n].ndim > 3 else -1]
-                     for _, n in block.taught)
+        powers = sum(_power(floats[n][:count]) for _, n in block.taught)
         errors = self.lanes.map(lambda item: float(self._error(block, item, floats, ours, 0.0)), items)
         return float(np.mean(errors)) / max(powers, 1e-12)
 
 
 class _Block:
     """The edges of a block: what enters and leaves it; of that, what is no index or mask, with its name in the float
-    network; states; what enters it there."""
+    network; states; what enters it there; what each error counts for."""
 
     def __init__(self, reads: tuple[str, ...], gives: tuple[str, ...], taught: list[tuple[str, str]],
-                 states: dict[str, str], float_reads: tuple[str, ...]) -> None:
+                 states: dict[str, str], float_reads: tuple[str, ...], shares: dict[str, float]) -> None:
         self.reads, self.gives, self.taught, self.states = reads, gives, taught, states
-        self.float_reads = float_reads
+        self.float_reads, self.shares = float_reads, shares
         self.fixed: tuple[str, ...] | None = None
+
+
+def _power(values: Tensor) -> float:
+    """The mean square of values [S,T,N,C,...], summed over channels."""
+    return float(values.square().mean()) * values.shape[3 if values.ndim > 3 else -1]
 
 
 def _unchanged(x: Tensor) -> Tensor:
