@@ -96,7 +96,7 @@ class _Reconstruction:
         session = Session(context.reference, optimize=False, pairs=context.options.pairs)
         self.normalized, self.first_alpha = session.normalized, session.first_alpha_input
         self.frame, self.states = session.frame_input, {p.input: p.output for p in session.state_pairs}
-        self.pictures = set(session.pictures().values())
+        self.alpha = session.pictures()[1]
         exact = crop_graph(context.reference, self.frame)
         self.device = context.options.device
         self.exact = Shadow(exact, self.device)
@@ -148,15 +148,15 @@ class _Reconstruction:
                 ) -> dict[str, float]:
         """What the error of each output of a block counts for: 1, as published.
 
-        A memory may have a thousand times the power of alpha, which would count for nothing. So where pictures leave a
-        block together with states they count as much as all else, and each output by its error relative to its power.
+        A memory may have a thousand times the power of alpha, which would count for nothing. So where alpha leaves a
+        block together with states it counts as much as all else, and each output by its error relative to its power.
         """
-        pictures = [g for g, source in taught if source in self.pictures]
-        if not states or len(pictures) in (0, len(taught)):
+        others = [g for g, source in taught if source != self.alpha]
+        if not states or not others or len(others) == len(taught):
             return {g: 1.0 for g, _ in taught}
         powers = {g: _power(floats[source]) for g, source in taught}
         least, whole = 1e-6 * max(powers.values()), sum(powers.values())
-        return {g: whole / (2 * (len(pictures) if g in pictures else len(taught) - len(pictures)) * max(power, least))
+        return {g: whole / (2 * (len(others) if g in others else len(taught) - len(others)) * max(power, least))
                 for g, power in powers.items()}
 
     # -- data ---------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import dataclasses
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -309,6 +310,28 @@ def blocks_of(start: tuple[Graph, Context], monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(reconstruct_blocks, "_Block", block)
     reconstruct(start, 1, learn=("bias",), drop=0.0)
     return found
+
+
+def test_alpha_counts_as_much_as_the_states_that_leave_with_it(start: tuple[Graph, Context],
+                                                               monkeypatch: pytest.MonkeyPatch):
+    """Powers 0.25, 80,000 and 2: without shares an error of a hundredth in alpha would count for nothing."""
+    shares = reconstruct_blocks._Reconstruction._shares
+    work: Any = SimpleNamespace(alpha="pha")
+    floats = {"pha": torch.full((2, 3, 1, 1, 4, 4), 0.5), "memory": torch.full((2, 3, 1, 8, 2, 2), 100.0),
+              "small": torch.ones(2, 3, 1, 2, 2, 2), "none": torch.zeros(2, 3, 1, 2, 2, 2)}
+    powers = {"pha": 0.25, "memory": 80_000.0, "small": 2.0}
+    taught = [(f"{n}_q", n) for n in powers]
+    found = shares(work, taught, {"m": "memory_q"}, floats)
+    assert {n: found[f"{n}_q"] * p for n, p in powers.items()} == pytest.approx(
+        {"pha": 80_002.25 / 2, "memory": 80_002.25 / 4, "small": 80_002.25 / 4})
+    assert found == shares(work, taught, {"m": "memory_q"}, {n: 1 * v for n, v in floats.items()})
+    silent = shares(work, [("pha_q", "pha"), ("none_q", "none")], {"m": "none_q"}, floats)
+    assert silent["none_q"] <= 1e6
+    for alone, states in ((taught, {}), (taught[1:], {"m": "memory_q"}), (taught[:1], {"m": "pha_q"})):
+        assert shares(work, alone, states, floats) == {g: 1.0 for g, _ in alone}
+    blocks = [b for b in blocks_of(start, monkeypatch) if b.states]
+    assert [set(b.shares.values()) != {1.0} for b in blocks] == [
+        any(n == "pha" for _, n in b.taught) and len(b.taught) > 1 for b in blocks]
 
 
 @pytest.mark.parametrize(("text", "states"), [("", {"r": "s"}), (GRU, {"r": "s"}), (LSTM, {"h": "h2", "c": "c2"})])
