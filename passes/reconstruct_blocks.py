@@ -8,7 +8,7 @@ what the float network computes there; the loss is
 and, where rounding is learned, AdaRound's regulariser. With a drop probability, values of activations, those that
 enter the block and those inside, are left unrounded at random (Wei et al. 2022, QDrop). A block with a recurrent
 state is unrolled over the frames of a sequence, from the float network's warm state on, and its new state counts in
-the loss like everything else that leaves it (PTQ4VM, arXiv:2506.10840); where alpha leaves with states, as much as they.
+the loss like everything else that leaves it (PTQ4VM, arXiv:2506.10840); alpha that leaves with states counts as much.
 
 With `gptq` a block's weights are first rounded layer by layer, each towards what the float layer gives on the float
 network's input (vmq/gptq.py): gradient steps start from there.
