@@ -54,6 +54,9 @@ COLUMNS = 24
 """Frames that a layer's columns are rounded on."""
 ITEM = 2
 """Frames that gradients are taken of at a time."""
+WORSE = 1.25
+"""A block that comes out with more than so many times its error is left as it was. Errors are those of a few frames,
+with all activations rounded: a little more is no harm, and comes often."""
 WARM_UP = 8
 """At most so many frames warm the state up before a sequence."""
 
@@ -264,6 +267,7 @@ class _Reconstruction:
         learn = recipe.learn if block.taught else ()
         learned = [p for p in parameters(shadow, learn, nodes) if p.constant not in self.learned]
         saved = context.checkpoint.load(key)
+        start = {n: shadow.parameter(n).detach().clone() for n in {*weights.values(), *(p.constant for p in learned)}}
         if recipe.gptq and saved is None and block.taught:
             self._round_layers(block, weights, recipe, floats, ours)
         soft = dict[str, SoftRounding]()
@@ -287,10 +291,12 @@ class _Reconstruction:
             rounding.settle(shadow.parameter(weight))
         names = {p.constant for p in learned}
         if saved is not None:
+            start = {name: torch.from_numpy(value) for name, value in saved.items()}
+        if saved is not None or self._loss(block, floats, ours) > WORSE * before:
             with torch.no_grad():
-                for name, value in saved.items():
-                    shadow.parameter(name).copy_(torch.from_numpy(value))
-        elif learned:
+                for name, value in start.items():
+                    shadow.parameter(name).copy_(value)
+        if saved is None and learned:
             context.checkpoint.save(key, {n: shadow.parameter(n).detach().cpu().numpy() for n in sorted(names)})
         shadow.write_back()
         self.changed += assign(self.graph, shadow.graph, names)

@@ -198,6 +198,22 @@ def test_what_layers_read_is_computed_from_what_those_before_read(start: tuple[G
     assert steps[1] < steps[0]
 
 
+@pytest.mark.parametrize("gptq", [False, True])
+def test_a_block_that_came_out_worse_is_left_as_it_was(start: tuple[Graph, Context], gptq: bool,
+                                                       monkeypatch: pytest.MonkeyPatch):
+    kept = Kept()
+    wild: dict[str, Any] = {"learn": ("rounding", "weight_scale", "scale", "bias"), "gptq": gptq, "bias_rate": 1e3}
+    found, result = reconstruct(start, 3, checkpoint=kept, **wild)
+    assert found.to_bytes() == start[0].to_bytes()
+    rows = result.report["blocks"]
+    assert [r["error_after"] for r in rows] == pytest.approx([r["error_before"] for r in rows], rel=1e-5)
+    again, _ = reconstruct(start, 3, checkpoint=kept, **wild)
+    assert again.to_bytes() == found.to_bytes()
+    monkeypatch.setattr(reconstruct_blocks, "WORSE", 1e30)
+    worse = reconstruct(start, 3, **wild)[1].report["blocks"]
+    assert worse[0]["error_after"] > 1.25 * worse[0]["error_before"]
+
+
 def test_columns_that_were_rounded_are_kept(start: tuple[Graph, Context], monkeypatch: pytest.MonkeyPatch):
     kept = Kept()
     options: dict[str, Any] = {"learn": ("rounding", "bias"), "gptq": True, "checkpoint": kept}
