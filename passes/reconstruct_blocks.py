@@ -292,15 +292,16 @@ class _Reconstruction:
         names = {p.constant for p in learned}
         if saved is not None:
             start = {name: torch.from_numpy(value) for name, value in saved.items()}
-        if saved is not None or self._loss(block, floats, ours) > WORSE * before:
+        after = math.inf if saved is not None else self._loss(block, floats, ours)
+        if after > WORSE * before:
             with torch.no_grad():
                 for name, value in start.items():
                     shadow.parameter(name).copy_(value)
+            after = self._loss(block, floats, ours)
         if saved is None and learned:
             context.checkpoint.save(key, {n: shadow.parameter(n).detach().cpu().numpy() for n in sorted(names)})
         shadow.write_back()
         self.changed += assign(self.graph, shadow.graph, names)
-        after = self._loss(block, floats, ours)
         shadow.quantizers.update(original)
         self.learned |= names
         context.progress(f"block {place[0] + 1} of {place[1]}, error {before:.4f} -> {after:.4f}",

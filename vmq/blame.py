@@ -99,13 +99,15 @@ def refit(quantized: Graph, reference: Graph, fits: Mapping[str, float], frames:
         quantized, reference, frames, session, progress: as for `blame`.
         fits: by tensor, what its step is multiplied by: `Tensor.fit`.
     """
+    if not fits:
+        return {}
     how, gains, done = dict(session or {}), dict[str, float](), set[str]()
     want = _alphas(reference, frames, how)
 
     def error(graph: Graph) -> float:
         return float(np.abs(_alphas(graph, frames, how) - want).mean()) * 1e3
 
-    whole = error(quantized) if fits else 0.0
+    whole = error(quantized)
     for index, (name, factor) in enumerate(sorted(fits.items(), key=lambda item: -item[1])):
         graph = quantized.copy()
         scales = scales_of(graph, name)
