@@ -55,8 +55,11 @@ COLUMNS = 24
 ITEM = 2
 """Frames that gradients are taken of at a time."""
 WORSE = 1.25
-"""A block that comes out with more than so many times its error is left as it was. Errors are those of a few frames,
+"""A block that comes out with more than so many times its error is learned again. Errors are those of a few frames,
 with all activations rounded: a little more is no harm, and comes often."""
+SHARES = (1.0, 0.1, 0.0)
+"""Shares of the recipe's rates in the order in which they are tried: steps that suit a few layers can be too long for a
+hundred. Without steps what GPTQ gives is left; a block that is worse with that as well stays as it was."""
 WARM_UP = 8
 """At most so many frames warm the state up before a sequence."""
 
@@ -261,52 +264,66 @@ class _Reconstruction:
     def _learn(self, block: _Block, nodes: set[str], floats: dict[str, Tensor], ours: dict[str, Tensor],
                recipe: BlockRecipe, key: str, place: tuple[int, int]) -> dict[str, Any]:
         context, shadow = self.context, self.shadow
-        original = dict(shadow.quantizers)
         weights, activations = _quantizers_of(shadow, nodes)
         before = self._loss(block, floats, ours)
         learn = recipe.learn if block.taught else ()
         learned = [p for p in parameters(shadow, learn, nodes) if p.constant not in self.learned]
+        rounded = {n: w for n, w in weights.items() if "rounding" in learn and w not in self.learned}
+        names = {*rounded.values(), *(p.constant for p in learned)}
         saved = context.checkpoint.load(key)
-        start = {n: shadow.parameter(n).detach().clone() for n in {*weights.values(), *(p.constant for p in learned)}}
-        if recipe.gptq and saved is None and block.taught:
-            self._round_layers(block, weights, recipe, floats, ours)
-        soft = dict[str, SoftRounding]()
-        if "rounding" in learn:
-            for name, weight in weights.items():
-                if weight not in self.learned:
-                    soft[weight] = SoftRounding(_own(original[name]), shadow.parameter(weight))
-                    shadow.quantizers[name] = soft[weight]
-                    learned.append(Parameter("rounding", weight, soft[weight].v, torch.ones(())))
-        if saved is None and learned:
-            stand_ins = {} if recipe.separate else coarse({n: original[n] for n in activations})
-            for name in activations:
-                if name in stand_ins:
-                    shadow.quantizers[name] = stand_ins[name]
-                elif recipe.drop > 0.0 and not recipe.separate:
-                    shadow.quantizers[name] = Dropped(_own(original[name]), recipe.drop)
-            self._descend(block, learned, list(soft.values()), floats, ours, recipe, key, place)
-        for name in {*weights, *activations}:
-            shadow.quantizers[name] = original[name]
-        for weight, rounding in soft.items():
-            rounding.settle(shadow.parameter(weight))
-        names = {p.constant for p in learned}
         if saved is not None:
-            start = {name: torch.from_numpy(value) for name, value in saved.items()}
-        after = math.inf if saved is not None else self._loss(block, floats, ours)
-        if after > WORSE * before:
-            with torch.no_grad():
-                for name, value in start.items():
-                    shadow.parameter(name).copy_(value)
+            self._put({name: torch.from_numpy(value) for name, value in saved.items()})
             after = self._loss(block, floats, ours)
-        if saved is None and learned:
+        else:
+            start = self._values({*weights.values(), *names})
+            if recipe.gptq and block.taught:
+                self._round_layers(block, weights, recipe, floats, ours)
+            begin, after = self._values(start), before
+            for share in SHARES if names else ():
+                self._put(begin)
+                self._search(block, learned, rounded, activations, floats, ours, recipe, key, place, share)
+                after = self._loss(block, floats, ours)
+                if after <= WORSE * before:
+                    break
+            else:
+                self._put(start)
+                after = self._loss(block, floats, ours)
+        if saved is None and names:
             context.checkpoint.save(key, {n: shadow.parameter(n).detach().cpu().numpy() for n in sorted(names)})
         shadow.write_back()
         self.changed += assign(self.graph, shadow.graph, names)
-        shadow.quantizers.update(original)
         self.learned |= names
         context.progress(f"block {place[0] + 1} of {place[1]}, error {before:.4f} -> {after:.4f}",
                          (place[0] + 1) / place[1])
         return {"layers": len(weights), "error_before": before, "error_after": after}
+
+    def _values(self, names: Iterable[str]) -> dict[str, Tensor]:
+        return {name: self.shadow.parameter(name).detach().clone() for name in names}
+
+    @torch.no_grad()
+    def _put(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.shadow.parameter(name).copy_(value)
+
+    def _search(self, block: _Block, learned: list[Parameter], rounded: dict[str, str], activations: Iterable[str],
+                floats: dict[str, Tensor], ours: dict[str, Tensor], recipe: BlockRecipe, key: str,
+                place: tuple[int, int], share: float) -> None:
+        """Gradient steps at a share of the recipe's rates, from the parameters as they are; then all is rounded."""
+        quantizers, original = self.shadow.quantizers, dict(self.shadow.quantizers)
+        soft = {w: SoftRounding(_own(original[name]), self.shadow.parameter(w)) for name, w in rounded.items()}
+        if share:
+            stand_ins = {} if recipe.separate else coarse({n: original[n] for n in activations})
+            for name in activations:
+                if name in stand_ins:
+                    quantizers[name] = stand_ins[name]
+                elif recipe.drop > 0.0 and not recipe.separate:
+                    quantizers[name] = Dropped(_own(original[name]), recipe.drop)
+            quantizers.update((name, soft[w]) for name, w in rounded.items())
+            every = [*learned, *(Parameter("rounding", w, s.v, torch.ones(())) for w, s in soft.items())]
+            self._descend(block, every, list(soft.values()), floats, ours, recipe, key, place, share)
+        quantizers.update(original)
+        for weight, rounding in soft.items():
+            rounding.settle(self.shadow.parameter(weight))
 
     def _round_layers(self, block: _Block, weights: dict[str, str], recipe: BlockRecipe, floats: dict[str, Tensor],
                       ours: dict[str, Tensor]) -> None:
@@ -332,11 +349,11 @@ class _Reconstruction:
                      lambda: shadow.run({}, self._fixed(block)), self.lanes, biased="bias" in recipe.learn)
 
     def _descend(self, block: _Block, learned: list[Parameter], soft: list[SoftRounding], floats: dict[str, Tensor],
-                 ours: dict[str, Tensor], recipe: BlockRecipe, key: str, place: tuple[int, int]) -> None:
+                 ours: dict[str, Tensor], recipe: BlockRecipe, key: str, place: tuple[int, int],
+                 share: float) -> None:
         effort, seed = self.context.options.effort, self.context.options.seed
         iterations = effort.block_iterations
-        rates = recipe.rates_for(iterations)
-        optimizer = Adam(learned, rates)
+        optimizer = Adam(learned, {kind: rate * share for kind, rate in recipe.rates_for(iterations).items()})
         for p in learned:
             p.parameter.requires_grad_()
         count, length = ours[self.frame].shape[:2]
@@ -348,8 +365,8 @@ class _Reconstruction:
                 picked = [(int(s), None) for s in rng.permutation(count)[:max(LANES, frames // length)]]
             else:
                 picked = [(int(k) // length, int(k) % length) for k in rng.permutation(count * length)[:frames]]
-            share = max(0.0, (step / iterations - 0.2) / 0.8)
-            sharpness = 20.0 - 18.0 * share if step >= 0.2 * iterations else 0.0
+            progress = max(0.0, (step / iterations - 0.2) / 0.8)
+            sharpness = 20.0 - 18.0 * progress if step >= 0.2 * iterations else 0.0
             parts = max(LANES, math.ceil(len(picked) / size))
             items = [picked[k::parts] for k in range(parts)]
 

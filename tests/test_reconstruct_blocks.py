@@ -202,6 +202,7 @@ def test_what_layers_read_is_computed_from_what_those_before_read(start: tuple[G
 def test_a_block_that_came_out_worse_is_left_as_it_was(start: tuple[Graph, Context], gptq: bool,
                                                        monkeypatch: pytest.MonkeyPatch):
     kept = Kept()
+    monkeypatch.setattr(reconstruct_blocks, "SHARES", (1.0,))
     wild: dict[str, Any] = {"learn": ("rounding", "weight_scale", "scale", "bias"), "gptq": gptq, "bias_rate": 1e3}
     found, result = reconstruct(start, 3, checkpoint=kept, **wild)
     assert found.to_bytes() == start[0].to_bytes()
@@ -212,6 +213,29 @@ def test_a_block_that_came_out_worse_is_left_as_it_was(start: tuple[Graph, Conte
     monkeypatch.setattr(reconstruct_blocks, "WORSE", 1e30)
     worse = reconstruct(start, 3, **wild)[1].report["blocks"]
     assert worse[0]["error_after"] > 1.25 * worse[0]["error_before"]
+
+
+def test_a_block_that_came_out_worse_is_learned_again_in_shorter_steps(start: tuple[Graph, Context],
+                                                                       monkeypatch: pytest.MonkeyPatch):
+    options: dict[str, Any] = {"learn": ("rounding", "bias"), "gptq": True}
+    rates = {"rounding_rate": 1e-3, "bias_rate": 1e-3}
+    longer = {kind: 64 * rate for kind, rate in rates.items()}
+    monkeypatch.setattr(reconstruct_blocks, "SHARES", (1.0,))
+    want, usual = reconstruct(start, 3, **options, **rates)
+    monkeypatch.setattr(reconstruct_blocks, "SHARES", (1e6, 1 / 64))
+    got, result = reconstruct(start, 3, **options, **longer)
+    assert got.to_bytes() == want.to_bytes()
+    assert result.report == usual.report
+
+
+def test_where_all_steps_are_too_long_what_rounding_columns_gives_is_kept(start: tuple[Graph, Context]):
+    wild: dict[str, Any] = {"learn": ("rounding", "bias"), "gptq": True, "bias_rate": 1e9}
+    found, result = reconstruct(start, 3, **wild)
+    still, columns = reconstruct(start, 3, **wild | {"bias_rate": 0.0, "rounding_rate": 0.0, "rounding_weight": 0.0})
+    assert found.to_bytes() == still.to_bytes()
+    before, after = errors(result)
+    assert after == pytest.approx(errors(columns)[1])
+    assert np.all(after < 1.05 * before)
 
 
 def test_columns_that_were_rounded_are_kept(start: tuple[Graph, Context], monkeypatch: pytest.MonkeyPatch):
