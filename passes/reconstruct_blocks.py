@@ -288,8 +288,8 @@ class _Reconstruction:
             else:
                 self._put(start)
                 after = self._loss(block, floats, ours)
-        if saved is None and names:
-            context.checkpoint.save(key, {n: shadow.parameter(n).detach().cpu().numpy() for n in sorted(names)})
+            if names:
+                context.checkpoint.save(key, {n: shadow.parameter(n).detach().cpu().numpy() for n in sorted(names)})
         shadow.write_back()
         self.changed += assign(self.graph, shadow.graph, names)
         self.learned |= names
