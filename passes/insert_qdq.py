@@ -7,6 +7,7 @@ For each value that is computed, what its readers want decides:
     Concat, for integer layouts         what its own readers want, if that is one width, and one grid with what it
                                         joins, through movers too: it moves integers
     mover (Split, Reshape, ...)         what its own readers want, under the same scale: nothing is rounded twice
+    Softmax, where its kernel is wrong  float, also of what an integer kernel could give
     anything else                       float
 
 A value wanted at several widths is quantized to that of its maker, or else the widest, and from there to the
@@ -32,6 +33,7 @@ from vmq.layers import carries, clip_limits, compute_nodes, kinds_of, tail_nodes
 from vmq.pipeline import Context, Pass, PassResult
 from vmq.spec import CARRIER_BITS, KEEPABLE, Bits, Options, QuantSpec
 from vmq.states import WEIGHTED, StatePair
+from vmq.targets import Target
 
 KEPT_BY_DEFAULT = {"first": 8, "last": 8}
 """As BRECQ and QDrop do: the first and the last layer stay at 8 bits."""
@@ -98,6 +100,8 @@ class _Placement:
                 self.kinds[node.name].add("last")          # what it gives is not quantized: a refiner's input, too
         self.bits = {name: self._bits_of(name, kinds) for name, kinds in self.kinds.items()
                      if name not in self.float_nodes}
+        self.exact_nodes, before = _exact(graph, self.target)
+        self.float_nodes |= before - self.wide_nodes
         for what in options.keep:
             if what not in KEEPABLE and what not in self.kinds:
                 raise OptionError(f"--keep {what}: no such layer; give one of {', '.join(KEEPABLE)}, or the name of a "
@@ -217,7 +221,10 @@ class _Placement:
     def _activation(self, value: Any) -> None:
         if not self._is_float(value):
             return
-        readers = list(value.outputs)
+        is_output = any(o is value for o in self.graph.outputs)
+        readers = [r for r in value.outputs if r.name not in self.exact_nodes]
+        if value.outputs and not readers and not is_output:
+            return
         if len(readers) == 1 and self._absorbed(readers[0]) and value.inputs and value.inputs[0].name in self.bits:
             return                                          # quantized behind the Relu or Clip
         made_in_integers = self._integer_source(value)
@@ -229,7 +236,7 @@ class _Placement:
             readers = [r for r in readers if id(r) not in joined]
         by_reader = {id(r): self._wanted_by(r, value) for r in readers}
         wants = set().union(*by_reader.values())
-        is_output, tied = any(o is value for o in self.graph.outputs), self._tied_to(value)
+        tied = self._tied_to(value)
         only_output = (readers or is_output) and all(r.name in self.float_nodes for r in readers)
         if self.target.wide and is_output and tied is not None:
             wants.add(QuantSpec.of(tied[1].dtype).bits)
@@ -348,6 +355,19 @@ class _Placement:
 
     def _is_float(self, value: Any) -> bool:
         return value.dtype is not None and np.dtype(value.dtype) == np.float32
+
+
+def _exact(graph: Graph, target: Target) -> tuple[set[str], set[str]]:
+    """Nodes that read floats, come what may, with movers that lead to nothing else; and what computes only for these."""
+    exact, before = set[str](), set[str]()
+    for node in reversed(graph.nodes):
+        readers = [r.name for v in node.outputs for r in v.outputs]
+        inside = bool(readers) and not any(o is v for o in graph.outputs for v in node.outputs)
+        if node.op in target.exact or (node.op in target.movers and inside and exact.issuperset(readers)):
+            exact.add(node.name)
+        elif carries(node, target) and inside and (exact | before).issuperset(readers):
+            before.add(node.name)
+    return exact, before
 
 
 def _differences(graph: Graph) -> set[str]:

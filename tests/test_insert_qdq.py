@@ -19,6 +19,7 @@ from vmq.graph import Graph
 from vmq.pipeline import Context, PassResult, run_passes
 from vmq.runtime import Session
 from vmq.spec import Bits, Options
+from vmq.targets import TARGETS
 
 
 def quantizers(graph: Graph, name: str) -> list[str]:
@@ -276,6 +277,57 @@ def test_a_distance_stays_float():
     assert read_by["read"] == ["DequantizeLinear", "DequantizeLinear"]      # softmax has a grid of its own
     for name in ("aa", "ab", "twice", "squares"):
         assert "QuantizeLinear" not in [n.op for n in graph.value(name).outputs]
+
+
+ATTENTION = """(float[1,3,8,8] src, float[4,3,3,3] w0, float[4,3,3,3] w1, float[1,4,1,1] w2)
+                => (float[1,1,8,8] pha) <float few = {0.5}, int64[3] flat = {1, 4, 64}, int64[2] flatter = {4, 4},
+                int64[3] back = {1, 4, 4}, int64[4] form = {1, 4, 8, 8}> {
+    x = Conv <pads = [1,1,1,1]> (src, w0)
+    y = Conv <pads = [1,1,1,1]> (src, w1)
+    a = Reshape (x, flat)
+    b = Reshape (y, flat)
+    turned = Transpose <perm = [0, 2, 1]> (b)
+    scores = MatMul (a, turned)
+    fewer = Mul (scores, few)
+    flatly = Reshape (fewer, flatter)
+    soft = Softmax <axis = -1> (flatly)
+    shares = Reshape (soft, back)
+    read = MatMul (shares, a)
+    z = Reshape (read, form)
+    pha = Conv (z, w2)
+}"""
+
+
+def test_softmax_reads_floats_where_its_kernel_is_wrong(tmp_path: Path):
+    """So does the arithmetic that leads to nothing else; on an NPU nothing is float."""
+    graph = read(ATTENTION)
+    run_to("insert_qdq", graph)
+    for name in ("scores", "fewer", "flatly"):
+        assert quantizers(graph, name) == [], name
+    assert quantizers(graph, "soft") == ["uint8"]
+    assert [v.inputs[0].op for v in graph.value("scores").inputs[0].inputs] == ["DequantizeLinear"] * 2
+    fused = optimized_ops(graph, tmp_path / "optimized.onnx")
+    assert "QLinearSoftmax" not in fused
+    assert fused["MatMulIntegerToFloat"] == 1
+    graph = read(ATTENTION)
+    run_to("insert_qdq", graph, target=TARGETS["qnn"])
+    assert quantizers(graph, "fewer") == ["uint8"]
+
+
+def test_shares_above_their_grid_are_the_same_in_integers(tmp_path: Path):
+    """Footage may give what calibration never saw: the largest shares of an attention are above their grid."""
+    graph = read(ATTENTION)
+    frames = list(np.random.default_rng(0).integers(0, 256, (4, 3, 8, 8), np.uint8))
+    save_pictures(tmp_path / "clip", frames)
+    compiled = vmq.compile(graph, bits=8, recipe="mse", effort="fast", calib=[tmp_path]).graph
+    quantizer = next(n for n in compiled.nodes if n.op == "Softmax").outputs[0].outputs[0]
+    while quantizer.op != "QuantizeLinear":
+        quantizer = quantizer.outputs[0].outputs[0]
+    scale = quantizer.inputs[1]
+    scale.values = np.asarray(scale.values / 8, np.float32)
+    plain, integers = Session(compiled, optimize=False), Session(compiled)
+    for frame in frames:
+        np.testing.assert_allclose(integers.step(frame)["pha"], plain.step(frame)["pha"], rtol=0, atol=0.02)
 
 
 def test_layers_that_stay_float_are_said_to_be_wider():

@@ -31,6 +31,7 @@ class Target:
         forms: operators without an integer kernel that are written as some that have one (passes/integer_forms.py).
         movers: operators that hand on their input's integers unchanged, under the input's scale.
         absorbed: operators that vanish into the quantizer after them when they follow a compute node.
+        exact: operators that read floats even where integers are at hand, because their integer kernel is wrong.
         integer_layout: lay channels and integers out as ONNX Runtime's CPU kernels are fast with them.
         wide: bits of what 8 are too few for, which is what follows the last layer and averages whose difference is
             taken; None: it stays float.
@@ -46,6 +47,7 @@ class Target:
     movers: frozenset[str]
     absorbed: frozenset[str]
     containers: tuple[str, ...]
+    exact: frozenset[str] = frozenset()
     pools: frozenset[str] = frozenset()
     forms: frozenset[str] = frozenset()
     integer_layout: bool = False
@@ -69,6 +71,7 @@ _CPU = Target(
     forms=frozenset({"HardSigmoid", "HardSwish", "Tanh", "Sub", "Resize"}),
     movers=frozenset({"Split", "Slice", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "MaxPool"}),
     absorbed=frozenset({"Clip", "Relu"}),
+    exact=frozenset({"Softmax"}),       # QLinearSoftmax (1.31) turns values far above its grid into 0
     integer_layout=True,
     adds_pairs=True,
     containers=("int4cast", "int8", "int4"),
