@@ -358,7 +358,7 @@ class _Placement:
 
 
 def _exact(graph: Graph, target: Target) -> tuple[set[str], set[str]]:
-    """Nodes that read floats, come what may, with movers that lead to nothing else; and what computes only for these."""
+    """Nodes that read floats in any case, movers that lead to nothing else, and what computes for these alone."""
     exact, before = set[str](), set[str]()
     for node in reversed(graph.nodes):
         readers = [r.name for v in node.outputs for r in v.outputs]
