@@ -85,29 +85,29 @@ def _mean_errors(graph: Graph, reference: Graph, context: Context) -> dict[str, 
     ours = create_session(apart, extra=list(results.values()), device=context.options.device)
     frames = _frames_of(context)
 
-    def compare(number: int) -> list[dict[str, NDArray[np.float64]]]:
-        """The errors of each measured frame of a clip."""
-        clip, found = context.clips[number], []
+    def compare(number: int) -> tuple[int, dict[str, NDArray[np.float64]]]:
+        """How many frames of a clip were measured, and the sum of their errors."""
+        clip, count = context.clips[number], 0
+        errors = dict.fromkeys(results, np.zeros(()))
         exact.reset(exact.told(clip))
         for index, frame in enumerate(clip.frames(0, min(len(clip), WARM_UP + frames))):
             fed = exact.feeds(frame)
             outputs = exact.step(frame)
             if index < min(WARM_UP, len(clip) - 1):
                 continue
+            count += 1
             fed |= {name: outputs[source] for name, source in feeds.items()}
-            errors = {}
             for node, source, y_rounded in zip(results, feeds.values(), ours.run(list(results.values()), fed),
                                                strict=True):
                 y = outputs[source]
                 axes = (0, *range(2, y.ndim))
-                errors[node] = y.mean(axes, np.float64) - y_rounded.mean(axes, np.float64)
-            found.append(errors)
+                errors[node] = errors[node] + y.mean(axes, np.float64) - y_rounded.mean(axes, np.float64)
         context.progress("comparing means", (number + 1) / len(context.clips))
-        return found
+        return count, errors
 
     clips = processes.together([compare(k) for k in processes.mine(range(len(context.clips)))])
-    rows = [errors for clip in clips for errors in clip]
-    return {node: sum((errors[node] for errors in rows), np.zeros(())) / len(rows) for node in results}
+    measured = sum(count for count, _ in clips)
+    return {node: sum((errors[node] for _, errors in clips), np.zeros(())) / measured for node in results}
 
 
 def _frames_of(context: Context) -> int:
