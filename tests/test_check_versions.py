@@ -16,15 +16,15 @@ import tiny_matting
 from tools import check_runtimes, check_versions
 
 PROJECT = '''[project]
-dependencies = ["numpy>=1.26", "onnx-graphsurgeon>=0.5.8"]
+dependencies = ["numpy>=1.26; python_version < '3.13'", "onnx-graphsurgeon>=0.5.8"]
 [project.optional-dependencies]
 test = ["pytest>=8.2"]
 '''
 
 
 def test_lower_bounds_become_pins():
-    assert check_versions.oldest(PROJECT) == ["numpy>=1.26,<1.27", "onnx-graphsurgeon>=0.5.8,<0.5.9",
-                                              "pytest>=8.2,<8.3"]
+    assert check_versions.oldest(PROJECT) == ["numpy>=1.26,<1.27; python_version < '3.13'",
+                                              "onnx-graphsurgeon>=0.5.8,<0.5.9", "pytest>=8.2,<8.3"]
     assert check_versions.oldest((check_versions.ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     with pytest.raises(ValueError, match="numpy"):
         check_versions.oldest(PROJECT.replace("numpy>=1.26", "numpy"))

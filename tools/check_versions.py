@@ -33,11 +33,11 @@ def oldest(project: str) -> list[str]:
     table = tomllib.loads(project)["project"]
     pins = []
     for line in (*table["dependencies"], *table["optional-dependencies"]["test"]):
-        found = re.match(r"([A-Za-z0-9_.-]+)\s*>=\s*([0-9][0-9A-Za-z.]*)", line)
+        found = re.match(r"([A-Za-z0-9_.-]+)\s*>=\s*([0-9][0-9A-Za-z.]*)(\s*;.*)?", line)
         if found is None:
             raise ValueError(f"{line!r} has no lower bound")
         # the first release that begins so: 4.10 stands for 4.10.0.82
-        pins.append(f"{found[1]}>={found[2]},<{_next(found[2])}")
+        pins.append(f"{found[1]}>={found[2]},<{_next(found[2])}{found[3] or ''}")
     return pins
 
 
