@@ -65,8 +65,11 @@ def read_proto(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> tupl
         raise ModelError(f"{label} is not an ONNX model, or is truncated ({first_line(error)})") from error
     if not isinstance(source, bytes):
         try:
-            _bound_external_data(model, label)
+            sizes = _bound_external_data(model, label, path.parent)
             onnx.load_external_data_for_model(model, str(path.parent))
+            for tensor, size in sizes:                  # onnx itself looks from 1.21 on
+                if len(tensor.raw_data) < size:
+                    raise ValueError(f"{tensor.name!r} has {size} bytes, and its file holds {len(tensor.raw_data)}")
         except ModelError:
             raise
         except (OSError, onnx.checker.ValidationError, ValueError, KeyError) as error:
@@ -88,19 +91,24 @@ def _external(model: onnx.ModelProto) -> list[onnx.TensorProto]:
     return [t for t in _tensors(model.graph) if onnx.external_data_helper.uses_external_data(t)]
 
 
-def _bound_external_data(model: onnx.ModelProto, label: str) -> None:
-    """Note with every tensor in another file how many bytes it has, so that no more than these are read.
+def _bound_external_data(model: onnx.ModelProto, label: str, folder: Path) -> list[tuple[onnx.TensorProto, int]]:
+    """Note with every tensor in another file how many bytes it has, so that no more than these are read; return both.
 
     Raises:
-        ModelError: they are more than an ONNX file could hold, or the model gives another number itself.
+        ModelError: they are more than an ONNX file could hold, the model gives another number itself, or names a file
+            that is not in its folder.
         ValueError: it gives what is no number.
     """
-    total = 0
+    sizes = list[tuple[onnx.TensorProto, int]]()
     for tensor in _external(model):
+        location = onnx.external_data_helper.ExternalDataInfo(tensor).location
+        if not (folder / location).resolve().is_relative_to(folder.resolve()):
+            raise ModelError(f"{label}: its external data cannot be read ({tensor.name!r} is in {location}, outside the "
+                             "model's folder); put both into one folder")
         kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
         size = max(0, math.prod(tensor.dims) * kind.itemsize)
         size = (size + 1) // 2 if kind in FOUR_BIT else size
-        total += size
+        sizes.append((tensor, size))
         given = [entry.value for entry in tensor.external_data if entry.key == "length"]
         wrong = next((length for length in given if int(length) != size), None)
         if wrong is not None:
@@ -108,8 +116,10 @@ def _bound_external_data(model: onnx.ModelProto, label: str) -> None:
                              f"and shape, and {wrong} by its length); export it again")
         if not given:
             tensor.external_data.add(key="length", value=str(size))
+    total = sum(size for _, size in sizes)
     if total > LARGEST:
         raise ModelError(f"{label}: its external data are {total / 1e9:.1f} GB, more than vmq takes (2)")
+    return sizes
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
