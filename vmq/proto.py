@@ -103,8 +103,8 @@ def _bound_external_data(model: onnx.ModelProto, label: str, folder: Path) -> li
     for tensor in _external(model):
         location = onnx.external_data_helper.ExternalDataInfo(tensor).location
         if not (folder / location).resolve().is_relative_to(folder.resolve()):
-            raise ModelError(f"{label}: its external data cannot be read ({tensor.name!r} is in {location}, outside the "
-                             "model's folder); put both into one folder")
+            raise ModelError(f"{label}: its external data cannot be read ({tensor.name!r} is in {location}, outside "
+                             "the model's folder); put both into one folder")
         kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
         size = max(0, math.prod(tensor.dims) * kind.itemsize)
         size = (size + 1) // 2 if kind in FOUR_BIT else size

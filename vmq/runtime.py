@@ -25,13 +25,14 @@ from vmq import processes
 from vmq.clips import Clip, to_float
 from vmq.errors import MediaError, ModelError, OptionError
 from vmq.graph import Graph
+from vmq.proto import FOUR_BIT
 from vmq.quant import quantize
 from vmq.spec import Normalization, QuantSpec, check_size
 from vmq.states import DataFlow, StatePair, pair_states
 
 NOT_ON_UINT4 = frozenset({"MaxPool", "ReduceMax", "ReduceMin"})
 """What ONNX Runtime puts before the DequantizeLinear that it reads, and has no kernel for on 4-bit integers."""
-REUSES_UINT4 = tuple(map(int, ort.__version__.split(".")[:2])) >= (1, 31)
+REUSES_FOUR_BIT = tuple(map(int, ort.__version__.split(".")[:2])) >= (1, 31)
 """ONNX Runtime before 1.31 puts 8-bit tensors into the memory of 4-bit ones, which is half as large."""
 STATES_KEY = "vmq.states"
 """Metadata key under which a compiled model names its state pairs, as JSON {input: output}."""
@@ -399,8 +400,8 @@ def create_session(graph: Graph, *, threads: int = 0, optimize: bool = True, ext
     proto = graph.to_proto()
     present = {o.name for o in proto.graph.output}
     proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in dict.fromkeys(extra) if n not in present)
+    options.enable_mem_reuse = REUSES_FOUR_BIT or not any(c.dtype in FOUR_BIT for c in graph.constants())
     four_bit = any(c.dtype == np.dtype(ml_dtypes.uint4) for c in graph.constants())
-    options.enable_mem_reuse = REUSES_UINT4 or not four_bit
     disabled = ["ClipQuantRewrite"] if four_bit else []       # it throws where it meets a 4-bit zero point
     if four_bit and any(n.op in NOT_ON_UINT4 for n in graph.nodes):
         disabled.append("QDQSelectorActionTransformer")
