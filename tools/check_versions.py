@@ -22,6 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.11", "3.12", "3.13")
 ENDS = ("oldest", "newest")
+LIMIT = 5400
+"""Seconds that the tests may take: a crash in a worker can leave the others waiting."""
 
 
 def oldest(project: str) -> list[str]:
@@ -90,8 +92,11 @@ def check(python: str, end: str, cache: Path, arguments: Sequence[str]) -> str |
         interpreter = environment(python, end, cache)
     except subprocess.CalledProcessError as error:
         return f"failed: {' '.join(map(str, error.cmd))[:200]}"
-    done = subprocess.run([str(interpreter), "-m", "pytest", "-q", "-n", "auto", "--dist", "loadfile", *arguments],
-                          cwd=ROOT, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run([str(interpreter), "-m", "pytest", "-q", "-n", "auto", "--dist", "loadfile", *arguments],
+                              cwd=ROOT, capture_output=True, text=True, check=False, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return f"failed: the tests did not end in {LIMIT // 60} minutes"
     lines = [line for line in done.stdout.splitlines() if line.strip()]
     for line in lines:
         if line.startswith(("FAILED", "ERROR")):
