@@ -12,7 +12,9 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import pathlib
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -98,12 +100,27 @@ def joined(device: str = "cpu") -> Iterator[None]:
                                   "--nproc-per-node")
             torch.cuda.set_device(gpu())
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" and torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=TIMEOUT)
+        with _silent():
+            dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=TIMEOUT)
     yield
     with _answers():
         together([None])
         dist.destroy_process_group()
     _group = None
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing goes to standard output: gloo counts its peers there in torch 2.9, between the lines of a table."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with pathlib.Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def mine(items: Sequence[T]) -> list[T]:
