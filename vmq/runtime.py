@@ -318,7 +318,7 @@ def pairs_of(graph: Graph, pairs: Mapping[str, str] | None) -> tuple[StatePair, 
         try:
             found = tuple(StatePair(str(i), str(o)) for i, o in dict(json.loads(graph.metadata[STATES_KEY])).items())
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ModelError(f"the model's metadata {STATES_KEY} is damaged: {error}") from error
+            raise _damaged(graph, STATES_KEY) from error
         inputs, outputs = {v.name for v in graph.inputs}, {v.name for v in graph.outputs}
         for pair in found:
             if pair.input not in inputs or pair.output not in outputs:
@@ -326,6 +326,14 @@ def pairs_of(graph: Graph, pairs: Mapping[str, str] | None) -> tuple[StatePair, 
                                  f"{pair.output}, which are not both in the model")
         return found
     return pair_states(graph, pairs)
+
+
+def _damaged(graph: Graph, key: str) -> ModelError:
+    """What to say of metadata that are not what they should be."""
+    wanted = {STATES_KEY: '{"input": "output"}', NORMALIZATION_KEY: '{"mean": [0.5], "std": [0.5]}',
+              GRIDS_KEY: '{"input": {"scale": 0.1, "zero_point": 0}} with inputs of the model'}[key]
+    return ModelError(f"the model's metadata {key} is damaged: {graph.metadata.get(key, '')[:60]!r} instead of "
+                      f"something like {wanted}; export or compile the model again")
 
 
 def state_grids(graph: Graph) -> dict[str, tuple[float, int]]:
@@ -339,9 +347,9 @@ def state_grids(graph: Graph) -> dict[str, tuple[float, int]]:
         grids = {str(name): (float(g["scale"]), int(g["zero_point"]))
                  for name, g in dict(json.loads(graph.metadata.get(GRIDS_KEY, "{}"))).items()}
         if not all(name in inputs and scale > 0.0 and 0 <= zero <= 255 for name, (scale, zero) in grids.items()):
-            raise ValueError("it names what is no input, or no grid of uint8")
+            raise ValueError
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ModelError(f"the model's metadata {GRIDS_KEY} is damaged: {error}") from error
+        raise _damaged(graph, GRIDS_KEY) from error
     return grids
 
 
@@ -355,7 +363,7 @@ def normalization_of(graph: Graph) -> Normalization | None:
     try:
         return None if said is None else Normalization(**{k: tuple(map(float, v)) for k, v in json.loads(said).items()})
     except (ValueError, TypeError, AttributeError, OptionError, RecursionError) as error:
-        raise ModelError(f"the model's metadata {NORMALIZATION_KEY} is damaged: {error}") from error
+        raise _damaged(graph, NORMALIZATION_KEY) from error
 
 
 def first_alpha_of(graph: Graph, pairs: Sequence[StatePair]) -> str | None:
