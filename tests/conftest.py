@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("vmq", deadline=None)     # a busy machine is no failure
+settings.load_profile("vmq")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -45,13 +45,13 @@ def footage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(networks())
-@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_random_networks(footage: Path, network: Network) -> None:
     check(network, footage)
 
 
 @given(networks())
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_balancing_random_networks_changes_no_value(network: Network) -> None:
     note(f"{network.features}")
     graph, names = Graph.load(network.proto), [p.name for p in PIPELINE]
@@ -70,7 +70,7 @@ def test_balancing_random_networks_changes_no_value(network: Network) -> None:
 
 @pytest.mark.slow
 @given(networks())
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, suppress_health_check=list(HealthCheck))
 def test_many_random_networks(footage: Path, network: Network) -> None:
     check(network, footage)
 

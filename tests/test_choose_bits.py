@@ -53,7 +53,7 @@ def problems(draw: st.DrawFn) -> tuple[list[list[int]], list[list[int]], int]:
 
 
 @given(problems())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_no_choice_is_better(problem: tuple[list[list[int]], list[list[int]], int]) -> None:
     errors, costs, limit = problem
     every = [(sum(e[k] for e, k in zip(errors, picks, strict=True)), sum(c[k] for c, k in zip(costs, picks,

@@ -33,7 +33,7 @@ scales = st.floats(0.002, 0.3).map(short)
 zeros = st.integers(0, 255)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shape=st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 7), st.integers(1, 7)),
        axis=st.sampled_from([2, 3]), x=scales, zero=zeros, y=scales, to=zeros, same=st.booleans())
 def test_the_same_bits(shape: tuple[int, ...], axis: int, x: float, zero: int, y: float, to: int, same: bool) -> None:

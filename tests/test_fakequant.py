@@ -65,7 +65,7 @@ def gradients(setting: Setting, upstream: Tensor, gain: float = 1.0) -> tuple[Te
     return torch.autograd.grad(fake_quantize(*leaves, spec, limits, gain), leaves, upstream)
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80, derandomize=True)
 @given(settings_of())
 def test_values_are_those_of_the_integer_arithmetic(setting: Setting):
     x, scale, zero, spec, limits = setting
@@ -81,7 +81,7 @@ def test_values_are_those_of_the_integer_arithmetic(setting: Setting):
     assert np.array_equal(again.detach().numpy(), expected)
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80, derandomize=True)
 @given(settings_of())
 def test_gradients_are_the_closed_forms_of_lsq_and_lsq_plus(setting: Setting):
     x, scale, zero, spec, limits = setting
@@ -98,7 +98,7 @@ def test_gradients_are_the_closed_forms_of_lsq_and_lsq_plus(setting: Setting):
     torch.testing.assert_close(gzero, 0.25 * channel_sums(upstream * by_zero, scale, spec.axis), rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(settings_of())
 def test_gradients_are_finite_differences_with_the_rounding_frozen(setting: Setting):
     """Straight through means: the residue of the rounding stays what it is. Then the function is smooth."""

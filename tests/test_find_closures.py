@@ -400,7 +400,7 @@ def test_a_network_without_weights_is_one_block() -> None:
     assert [len(b.nodes) for b in found(graph).blocks] == [2]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.tuples(st.sampled_from(["MatMul", "Sum", "Relu", "Concat", "Half"]),
                           st.lists(st.integers(0, 60), min_size=1, max_size=3)), min_size=2, max_size=40),
        st.lists(st.tuples(st.integers(0, 2), st.integers(0, 60)), max_size=3, unique_by=(lambda p: p[0])))

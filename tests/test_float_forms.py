@@ -35,7 +35,7 @@ def noise(shape: tuple[int, ...]) -> np.ndarray:  # type: ignore[type-arg]
     return np.random.default_rng(0).normal(0, 3, shape).astype(np.float32)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shape=st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(4, 40), st.integers(4, 40)),
        factors=st.tuples(st.integers(1, 9), st.integers(1, 9)), sizes=st.booleans(),
        mode=st.sampled_from(["half_pixel", "pytorch_half_pixel"]))

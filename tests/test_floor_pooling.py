@@ -58,7 +58,7 @@ def test_automatic_padding_and_poolings_without_it_are_left() -> None:
     assert floor(plain) == PassResult()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(5, 14), st.integers(1, 4), st.integers(1, 4), st.integers(0, 2), st.integers(0, 2),
        st.sampled_from(["AveragePool", "MaxPool"]))
 def test_no_value_ever_changes(size: int, kernel: int, stride: int, begin: int, end: int, op: str) -> None:

@@ -61,7 +61,7 @@ def check(graph: Graph) -> Graph:
     return graph
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(channels=st.integers(1, 6), filters=st.integers(1, 16), others=st.sampled_from([(), (3,), (3, 1), (1, 2, 1)]),
        sides=st.tuples(st.integers(1, 7), st.integers(4, 9)), bias=st.booleans(), relu=st.booleans(),
        tall=st.sampled_from([(1, 0, 0), (2, 0, 1), (3, 1, 1), (3, 0, 0), (5, 2, 2)]))

@@ -34,7 +34,7 @@ def correlated(inputs: int, count: int, seed: int = 0) -> Tensor:
 # -- columns ---------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_columns_times_weights_are_the_convolution(data: st.DataObject):
     groups = data.draw(st.sampled_from([1, 2, 4]))

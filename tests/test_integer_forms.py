@@ -31,7 +31,7 @@ FINE = 1.0001
 scales = st.floats(0.002, 0.2).map(short)
 zeros = st.integers(0, 255)
 shapes = st.tuples(st.just(1), st.integers(1, 3), st.integers(1, 5), st.integers(1, 5))
-quick = settings(max_examples=15, deadline=None)
+quick = settings(max_examples=15)
 
 
 def noise(shape: tuple[int, ...], grid: tuple[float, int], seed: int = 0) -> NDArray[np.float32]:

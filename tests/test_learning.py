@@ -62,7 +62,7 @@ def test_soft_rounding_stays_on_the_grid():
     torch.testing.assert_close(steps, (weight / scale).clamp(-8, 7), rtol=0, atol=1.2e-3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10_000), bits=st.sampled_from([4, 8]), reach=st.sampled_from([0.6, 1.0, 1.3]),
        growth=st.sampled_from([1.0, 0.93, 1.21]))
 def test_settled_weights_round_to_what_was_learned_and_move_no_further_than_needed(

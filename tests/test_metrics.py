@@ -203,7 +203,7 @@ def test_equal_mattes_score_perfectly() -> None:
 MEASURES = (sad, mad, mse, grad, conn, fscore)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10_000))
 def test_mirroring_and_exchanging_change_nothing(seed: int) -> None:
     pred, true = mattes(seed)
@@ -215,7 +215,7 @@ def test_mirroring_and_exchanging_change_nothing(seed: int) -> None:
             assert measure(pred.T.copy(), true.T.copy()) == pytest.approx(value, rel=1e-4)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10_000))
 def test_floats_are_eight_bit_mattes_over_255(seed: int) -> None:
     pred, true = mattes(seed)

@@ -66,7 +66,7 @@ NUMBERS = st.one_of(st.floats(width=32, allow_nan=False, allow_infinity=False),
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=ids)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(values=st.lists(NUMBERS, min_size=1, max_size=40), data=st.data())
 def test_per_tensor_as_in_onnx_runtime(spec: QuantSpec, values: list[float], data: st.DataObject) -> None:
     scale = data.draw(st.one_of(st.floats(2.0**-40, 2.0**40, width=32), st.integers(-20, 20).map(lambda n: 2.0**n)))
@@ -89,7 +89,7 @@ def test_ties_ends_and_denormals_as_in_onnx_runtime(spec: QuantSpec) -> None:
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("spec", SPECS, ids=ids)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 1 << 30))
 def test_per_axis_as_in_onnx_runtime(spec: QuantSpec, axis: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -107,7 +107,7 @@ FINITE = st.floats(-(2.0**100), 2.0**100, width=32)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=ids)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(low=FINITE, high=FINITE)
 def test_scale_of_range(spec: QuantSpec, low: float, high: float) -> None:
     low, high = min(low, high), max(low, high)
@@ -198,7 +198,7 @@ def test_video_levels_are_met_exactly() -> None:
         np.testing.assert_allclose(dequantize(q, scale, zero), x, rtol=1.2e-7, atol=0)     # one last place
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(exponent=st.integers(-37, 37), kind=st.sampled_from(KINDS), bits=st.sampled_from([4, 8]))
 def test_search_knows_no_units(exponent: int, kind: str, bits: int) -> None:
     """Data times a power of two: the same range, times it; no overflow, no underflow."""
@@ -230,7 +230,7 @@ def test_huge_two_sided_data(spec: QuantSpec) -> None:
     assert np.abs(back / scale - x / scale).max() < 1.5
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(values=st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=50), extra=st.floats(0, 1e6),
        bits=st.sampled_from([4, 8]))
 def test_any_data_get_a_sound_grid(values: list[float], extra: float, bits: int) -> None:
@@ -284,7 +284,7 @@ def test_weight_scale_of_a_whole_tensor() -> None:
     assert scale == search_weight_scale(weight.reshape(1, -1), QuantSpec(4, signed=True, axis=0))[0]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(order=st.permutations(range(6)), bits=st.sampled_from([4, 8]))
 def test_weight_scales_follow_their_channels(order: list[int], bits: int) -> None:
     weight = np.random.default_rng(1).normal(size=(6, 3, 3, 3)).astype(np.float32)
@@ -292,7 +292,7 @@ def test_weight_scales_follow_their_channels(order: list[int], bits: int) -> Non
     np.testing.assert_array_equal(search_weight_scale(weight[order], spec), search_weight_scale(weight, spec)[order])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(exponents=st.lists(st.integers(-70, 100), min_size=4, max_size=4))
 def test_weight_scales_know_no_units(exponents: list[int]) -> None:
     weight = np.random.default_rng(2).normal(size=(4, 9)).astype(np.float32)
@@ -312,7 +312,7 @@ def test_weights_of_zeros_constants_and_extremes() -> None:
     np.testing.assert_allclose(back, weight, rtol=1e-5, atol=SMALLEST_SCALE)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 1 << 30), bits=st.sampled_from([4, 8]))
 def test_grid_values_survive(seed: int, bits: int) -> None:
     """What is on a grid already gets that grid, and no error."""

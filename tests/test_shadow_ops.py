@@ -607,7 +607,7 @@ def test_every_operator_of_the_table_is_tested():
 
 @pytest.mark.parametrize("op", sorted(CASES))
 def test_as_in_onnx_runtime(op: str):
-    @settings(max_examples=15, deadline=None, derandomize=True, database=None, phases=[Phase.generate, Phase.shrink],
+    @settings(max_examples=15, derandomize=True, database=None, phases=[Phase.generate, Phase.shrink],
               suppress_health_check=list(HealthCheck))
     @given(st.composite(lambda draw: CASES[op](draw))())
     def check(drawn: Case) -> None:
