@@ -328,7 +328,8 @@ def test_external_data(tmp_path: Path) -> None:
 
     (tmp_path / "outside.bin").write_bytes(bytes(1000))
     (folder / "link.bin").symlink_to(tmp_path / "outside.bin")
-    for place in ("../outside.bin", str(tmp_path / "outside.bin"), "link.bin"):
+    (folder / "loop.bin").symlink_to(folder / "loop.bin")
+    for place in ("../outside.bin", str(tmp_path / "outside.bin"), "link.bin", "loop.bin", "x" * 5000, "a\0b"):
         next(e for e in pointing.graph.initializer[0].external_data if e.key == "location").value = place
         (folder / "m.onnx").write_bytes(pointing.SerializeToString())
         assert "external data cannot be read" in refused(folder / "m.onnx")

@@ -72,7 +72,7 @@ def read_proto(source: str | os.PathLike[str] | bytes | onnx.ModelProto) -> tupl
                     raise ValueError(f"{tensor.name!r} has {size} bytes, and its file holds {len(tensor.raw_data)}")
         except ModelError:
             raise
-        except (OSError, onnx.checker.ValidationError, ValueError, KeyError) as error:
+        except (OSError, RuntimeError, onnx.checker.ValidationError, ValueError, KeyError) as error:
             raise ModelError(f"{label}: its external data cannot be read ({first_line(error)})") from error
     if not model.graph.node or not model.opset_import:
         raise ModelError(f"{label} is not an ONNX model, or is empty: it has no nodes")
