@@ -10,8 +10,9 @@ enter the block and those inside, are left unrounded at random (Wei et al. 2022,
 state is unrolled over the frames of a sequence, from the float network's warm state on, and its new state counts in
 the loss like everything else that leaves it (PTQ4VM, arXiv:2506.10840); alpha that leaves with states counts as much.
 
-With `gptq` a block's weights are first rounded layer by layer, each towards what the float layer gives on the float
-network's input (vmq/gptq.py): gradient steps start from there.
+With `fit` grids of 4-bit activations are first chosen by what the layers that read them make of them
+(vmq/fit_scales.py). With `gptq` a block's weights are first rounded layer by layer, each towards what the float layer gives on the float
+network's input (vmq/gptq.py). Gradient steps start from there.
 
 A quantizer belongs to the block that makes the value; one that quantizers of several blocks share, to the first.
 Float and quantized values at the edges of blocks are computed once and kept until the last block that reads them,
@@ -37,6 +38,7 @@ from vmq import processes
 from vmq.crops import Crops, crop_graph
 from vmq.errors import ModelError, OutputError, PassError
 from vmq.fakequant import FakeQuantize
+from vmq.fit_scales import fit_scales
 from vmq.graph import Constant, Graph
 from vmq.lanes import LANES, Lanes
 from vmq.layers import float_source, homes
@@ -118,6 +120,8 @@ class _Reconstruction:
         self.room = min(MEMORY, available() / (2 * processes.count()))
         self.sequences = lanes.map(self._sequence, range(effort.sequences))
         self.batchable = processes.first(self._runs_in_batches)
+        if recipe.fit:
+            self._fit_scales()
 
     def sweep(self, recipe: BlockRecipe, number: int) -> list[dict[str, Any]]:
         """Learn every block once; what each lost before and after, relative to its float output's power."""
@@ -164,6 +168,16 @@ class _Reconstruction:
         least, whole = 1e-6 * max(powers.values()), sum(powers.values())
         return {g: whole / (2 * (len(others) if g in others else len(taught) - len(others)) * max(power, least))
                 for g, power in powers.items()}
+
+    def _fit_scales(self) -> None:
+        """Choose the grids of 4-bit activations by what the layers that read them lose."""
+        every = [(s, t) for s in self.sequences for t in range(len(s[self.frame]))]
+        rng = np.random.default_rng((self.context.options.seed, 59))
+        frames = [{name: values[t] for name, values in sequence.items()}
+                  for sequence, t in (every[k] for k in rng.permutation(len(every))[:COLUMNS])]
+        names = fit_scales(self.shadow, self.exact, self.sources, frames, self.lanes)
+        self.shadow.write_back()
+        self.changed += assign(self.graph, self.shadow.graph, names)
 
     # -- data ---------------------------------------------------------------------------------------
 
@@ -346,7 +360,8 @@ class _Reconstruction:
             if name is not None and name not in self.learned and len(node.inputs[1].outputs) == 1:
                 layers.append((node, twins.get(self.sources[node.outputs[0].name]), name))
         round_layers(shadow, self.exact, layers, Frames(given, [p[2] for p in picks]),
-                     lambda: shadow.run({}, self._fixed(block)), self.lanes, biased="bias" in recipe.learn)
+                     lambda: shadow.run({}, self._fixed(block)), self.lanes, biased="bias" in recipe.learn,
+                     scaled="weight_scale" in recipe.learn)
 
     def _descend(self, block: _Block, learned: list[Parameter], soft: list[SoftRounding], floats: dict[str, Tensor],
                  ours: dict[str, Tensor], recipe: BlockRecipe, key: str, place: tuple[int, int],

@@ -111,7 +111,7 @@ def nearest(weight: Tensor, scale: Tensor) -> Tensor:
 @pytest.mark.parametrize("biased", [True, False])
 def test_loses_less_than_rounding_to_nearest(seed: int, biased: bool):
     x, weight = correlated(24, 4000, seed), 0.4 * random(1, 6, 24, seed=seed)
-    _, steps, gain = round_columns(weight, SCALE, (-8, 7), Moments.of(x, x), biased=biased)
+    _, steps, gain, _ = round_columns(weight, SCALE, (-8, 7), Moments.of(x, x), biased=biased)
     plain = nearest(weight, SCALE)
     off = (weight @ x - (plain * SCALE) @ x).mean(2) if biased else torch.zeros(1, 6)
     assert error(weight, steps, SCALE, x, x, gain) < 0.4 * error(weight, plain, SCALE, x, x, off)
@@ -123,7 +123,7 @@ def test_loses_less_than_rounding_to_nearest(seed: int, biased: bool):
 def test_near_the_best_of_all_roundings():
     x, weight = correlated(6, 500, 3), 0.3 * random(1, 1, 6, seed=5)
     scale = SCALE[:, :1]
-    _, steps, gain = round_columns(weight, scale, (-8, 7), Moments.of(x, x), biased=False)
+    _, steps, gain, _ = round_columns(weight, scale, (-8, 7), Moments.of(x, x), biased=False)
     floor = (weight / scale).floor()
     losses = sorted(error(weight, floor + torch.tensor(up), scale, x, x, gain)
                     for up in itertools.product((-1.0, 0.0, 1.0, 2.0), repeat=6))
@@ -133,7 +133,7 @@ def test_near_the_best_of_all_roundings():
 def test_inputs_that_do_not_correlate_are_rounded_to_nearest():
     x, weight = random(1, 16, 200_000), 0.4 * random(1, 6, 16, seed=2)
     x = torch.linalg.solve(torch.linalg.cholesky(x[0] @ x[0].T / x.shape[2]), x[0])[None]      # exactly none
-    wanted, steps, _ = round_columns(weight, SCALE, (-8, 7), Moments.of(x, x), biased=False)
+    wanted, steps, *_ = round_columns(weight, SCALE, (-8, 7), Moments.of(x, x), biased=False)
     assert torch.equal(steps, nearest(weight, SCALE))
     torch.testing.assert_close(wanted, weight)
 
@@ -144,26 +144,78 @@ def test_makes_up_for_what_goes_in_wrong(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(gptq, "FEW", 0.0)
     x, weight = correlated(8, 5000, 1), random(1, 6, 8, seed=4)
     ours = (torch.eye(8, dtype=torch.float64) + 0.2 * random(8, 8, seed=9)) @ x + 0.3
-    wanted, steps, gain = round_columns(weight, SCALE * 1e-5, (-10**9, 10**9), Moments.of(ours, x), biased=True)
+    wanted, steps, gain, _ = round_columns(weight, SCALE * 1e-5, (-10**9, 10**9), Moments.of(ours, x), biased=True)
     torch.testing.assert_close(wanted @ (ours - ours.mean(2, keepdim=True)), weight @ (x - x.mean(2, keepdim=True)),
                                rtol=1e-4, atol=1e-4)
     assert error(weight, steps, SCALE * 1e-5, x, ours, gain) < 1e-8
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("biased", [True, False])
+def test_scales_that_may_change_lose_less(seed: int, biased: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gptq, "DAMPING", 1e-6)
+    monkeypatch.setattr(gptq, "FEW", 0.0)
+    x, weight = correlated(24, 4000, seed), 0.4 * random(1, 6, 24, seed=seed)
+    scale = SCALE * torch.linspace(0.6, 1.6, 6, dtype=torch.float64)[None, :, None]
+    moments = Moments.of(x, x)
+    _, steps, gain, same = round_columns(weight, scale, (-8, 7), moments, biased=biased)
+    assert torch.equal(same, scale)
+    _, fitted, other, found = round_columns(weight, scale, (-8, 7), moments, biased=biased, fitted=True)
+    for k in range(6):                      # no channel is worse off
+        row, part = slice(k, k + 1), (slice(None), slice(k, k + 1))
+        assert error(weight[part], fitted[part], found[part], x, x, other[:, row]) \
+            <= (1 + 1e-4) * error(weight[part], steps[part], scale[part], x, x, gain[:, row])
+    assert error(weight, fitted, found, x, x, other) < 0.85 * error(weight, steps, scale, x, x, gain)
+    assert bool((fitted == fitted.round()).all())
+    assert float(fitted.min()) >= -8
+    assert float(fitted.max()) <= 7
+    assert bool(((found > 0.5 * scale) & (found < 2.0 * scale)).all())
+
+
+def test_no_integer_and_no_scale_is_better_beside_the_others(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gptq, "TURNS", 40)
+    x, weight = correlated(10, 500, 3), 0.3 * random(1, 6, 10, seed=5)
+    _, steps, _, scale = round_columns(weight, SCALE, (-8, 7), Moments.of(x, x), biased=False, fitted=True)
+    hessian = x[0] @ x[0].T / 500
+    hessian += torch.eye(10) * (gptq.DAMPING + gptq.FEW * 10 / 500) * hessian.diagonal().mean()
+
+    def lost(steps: Tensor, scale: Tensor) -> Tensor:
+        off = (steps * scale - weight)[0]
+        return ((off @ hessian) * off).sum(1)
+
+    least = lost(steps, scale)
+    for k in range(10):
+        for side in (-1.0, 1.0):
+            other = steps.clone()
+            other[:, :, k] += side
+            allowed = (other[0, :, k] >= -8) & (other[0, :, k] <= 7)
+            assert bool((lost(other, scale) >= (1 - 1e-6) * least)[allowed].all())
+    for factor in (0.999, 1.001):
+        assert bool((lost(steps, scale * factor) > least).all())
+
+
+def test_channels_of_zeros_keep_their_scales():
+    x, weight = correlated(8, 500), 0.3 * random(1, 6, 8)
+    weight[:, 2] = 0.0
+    _, steps, _, scale = round_columns(weight, SCALE, (-8, 7), Moments.of(x, x), biased=True, fitted=True)
+    assert not bool(steps[:, 2].any())
+    assert torch.equal(scale[:, 2], SCALE[:, 2])
+
+
 def test_the_mean_stays():
     x, weight = correlated(12, 3000, 2), 0.3 * random(1, 6, 12, seed=3)
     ours = x + 0.1 * random(1, 12, 3000, seed=8) + 0.05
-    _, steps, gain = round_columns(weight, SCALE, (-8, 7), Moments.of(ours, x), biased=True)
+    _, steps, gain, _ = round_columns(weight, SCALE, (-8, 7), Moments.of(ours, x), biased=True)
     torch.testing.assert_close(((steps * SCALE) @ ours).mean(2) + gain, (weight @ x).mean(2))
 
 
 def test_groups_are_on_their_own():
     x, weight = torch.cat([correlated(9, 2000, k) for k in range(3)]), 0.3 * random(3, 2, 9)
     scale = torch.full((3, 2, 1), 0.2, dtype=torch.float64)
-    _, together, _ = round_columns(weight, scale, (-8, 7), Moments.of(x, x), biased=True)
+    _, together, *_ = round_columns(weight, scale, (-8, 7), Moments.of(x, x), biased=True)
     for k in range(3):
         part = slice(k, k + 1)
-        _, alone, _ = round_columns(weight[part], scale[part], (-8, 7), Moments.of(x[part], x[part]), biased=True)
+        _, alone, *_ = round_columns(weight[part], scale[part], (-8, 7), Moments.of(x[part], x[part]), biased=True)
         assert torch.equal(together[part], alone)
 
 
@@ -179,15 +231,15 @@ def test_moments_add_up():
 def test_inputs_that_are_always_the_same():
     x, weight = correlated(8, 500), 0.3 * random(1, 6, 8)
     x[:, 3] = 0.0
-    _, steps, gain = round_columns(weight, SCALE, (-8, 7), Moments.of(x, x), biased=True)
+    _, steps, gain, _ = round_columns(weight, SCALE, (-8, 7), Moments.of(x, x), biased=True)
     assert bool(torch.isfinite(steps).all())
     assert bool(torch.isfinite(gain).all())
     constant = torch.full_like(x, 700.0)
     constant[:, 0] += 1e-3 * x[:, 0]
     for biased in (True, False):
-        _, steps, gain = round_columns(weight, SCALE, (-8, 7), Moments.of(constant.float(), x.float()), biased=biased)
+        _, steps, gain, _ = round_columns(weight, SCALE, (-8, 7), Moments.of(constant.float(), x.float()), biased=biased)
         assert bool(torch.isfinite(steps).all())
         assert bool(torch.isfinite(gain).all())
     nothing = torch.zeros_like(x)
-    _, steps, _ = round_columns(weight, SCALE, (-8, 7), Moments.of(nothing, nothing), biased=True)
+    _, steps, *_ = round_columns(weight, SCALE, (-8, 7), Moments.of(nothing, nothing), biased=True)
     assert torch.equal(steps, nearest(weight, SCALE))

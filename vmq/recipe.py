@@ -24,6 +24,7 @@ class BlockRecipe:
         learn: what is learned, of `LEARNABLE` without affine.
         drop: probability that a value of an activation stays unrounded while learning.
         separate: learn what belongs to weights in a first sweep, on float activations, and the rest in a second.
+        fit: choose grids of 4-bit activations by what their layers make of them first (vmq/fit_scales.py).
         gptq: round weights column by column first (vmq/gptq.py), so that rounding is learned from there.
         rounding_rate, scale_rate, zero_rate, weight_rate, bias_rate: rates at `iterations`; with fewer, see `rates`.
         rounding_weight: weight of AdaRound's regulariser.
@@ -33,6 +34,7 @@ class BlockRecipe:
     learn: tuple[str, ...] = ("rounding", "scale")
     drop: float = 0.5
     separate: bool = False
+    fit: bool = False
     gptq: bool = False
     rounding_rate: float = 1e-3
     scale_rate: float = 4e-5

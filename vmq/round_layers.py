@@ -39,7 +39,7 @@ class Frames:
 
 @torch.no_grad()
 def round_layers(shadow: Shadow, exact: Shadow, layers: Sequence[tuple[Any, Any, str]], frames: Frames,
-                 held: Callable[[], dict[str, Tensor]], lanes: Lanes, *, biased: bool) -> None:
+                 held: Callable[[], dict[str, Tensor]], lanes: Lanes, *, biased: bool, scaled: bool) -> None:
     """Round the weights of layers in topological order; weights that are no columns, or on shifted grids, are left.
 
     Args:
@@ -50,6 +50,7 @@ def round_layers(shadow: Shadow, exact: Shadow, layers: Sequence[tuple[Any, Any,
         held: what does not depend on a frame, such as weights on their grids, as it is now.
         lanes: to compute in.
         biased: biases may change as well.
+        scaled: so may scales, of weights of less than 8 bits; on those other rules hold (passes/limit_weights.py).
     """
     recent: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = [({}, {}) for _ in frames.offsets]
     for node, twin, name in layers:
@@ -76,7 +77,11 @@ def round_layers(shadow: Shadow, exact: Shadow, layers: Sequence[tuple[Any, Any,
         scale = along(grid_scale(quantizer.scale), weight, quantizer.spec.axis).expand_as(weight)
         scale = layer.split(scale)[:, :, :1].double()
         float_weight = layer.split(exact.parameter(twin.inputs[1].name))
-        wanted, steps, gain = round_columns(float_weight, scale, quantizer.limits, found, biased=bias is not None)
+        fitted = scaled and quantizer.spec.bits < 8 and quantizer.scale.numel() == scale.numel()
+        wanted, steps, gain, scale = round_columns(float_weight, scale, quantizer.limits, found,
+                                                   biased=bias is not None, fitted=fitted)
+        if fitted:
+            quantizer.scale.copy_(scale.reshape(quantizer.scale.shape))
         near = torch.minimum(torch.maximum(wanted / scale, steps - SETTLED), steps + SETTLED)
         ends = (steps <= quantizer.limits[0]) | (steps >= quantizer.limits[1])
         weight.copy_(layer.join(torch.where(ends, steps, near) * scale))
