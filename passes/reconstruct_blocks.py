@@ -11,8 +11,8 @@ state is unrolled over the frames of a sequence, from the float network's warm s
 the loss like everything else that leaves it (PTQ4VM, arXiv:2506.10840); alpha that leaves with states counts as much.
 
 With `fit` grids of 4-bit activations are first chosen by what the layers that read them make of them
-(vmq/fit_scales.py). With `gptq` a block's weights are first rounded layer by layer, each towards what the float layer gives on the float
-network's input (vmq/gptq.py). Gradient steps start from there.
+(vmq/fit_scales.py). With `gptq` a block's weights are first rounded layer by layer, each towards what the float layer
+gives on the float network's input (vmq/gptq.py). Gradient steps start from there.
 
 A quantizer belongs to the block that makes the value; one that quantizers of several blocks share, to the first.
 Float and quantized values at the edges of blocks are computed once and kept until the last block that reads them,

@@ -32,7 +32,8 @@ FIT = dataclasses.replace(PLAIN, blocks=BlockRecipe(learn=(), fit=True))
 OUTLIER = """(float[1,3,32,48] src) => (float[1,1,32,48] pha)
     <float[3,3,1,1] w = {0.6,-0.2,0.3, 0.1,0.5,-0.4, 9,9,9}, float[3] wb = {0.1,0,-2},
      float[2,3,1,1] u = {1,-1,0.001, 0.5,0.7,0.002}, float[2] ub = {0.2,0.1},
-     float[1,2,1,1] v = {1,-0.5}, float[1,2,3,3] t = {1,2,1,2,4,2,1,2,1, 1,0,-1,2,0,-2,1,0,-1}, float[1] tb = {0.1}, float[1,1,1,1] p = {0.3}> {
+     float[1,2,1,1] v = {1,-0.5}, float[1,2,3,3] t = {1,2,1,2,4,2,1,2,1, 1,0,-1,2,0,-2,1,0,-1},
+     float[1] tb = {0.1}, float[1,1,1,1] p = {0.3}> {
     x = Conv (src, w, wb)
     y0 = Conv (x, u, ub)
     y = Relu (y0)

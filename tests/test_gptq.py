@@ -237,7 +237,8 @@ def test_inputs_that_are_always_the_same():
     constant = torch.full_like(x, 700.0)
     constant[:, 0] += 1e-3 * x[:, 0]
     for biased in (True, False):
-        _, steps, gain, _ = round_columns(weight, SCALE, (-8, 7), Moments.of(constant.float(), x.float()), biased=biased)
+        moments = Moments.of(constant.float(), x.float())
+        _, steps, gain, _ = round_columns(weight, SCALE, (-8, 7), moments, biased=biased)
         assert bool(torch.isfinite(steps).all())
         assert bool(torch.isfinite(gain).all())
     nothing = torch.zeros_like(x)
