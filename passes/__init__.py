@@ -13,6 +13,7 @@ from passes.double_sizes import DoubleSizes
 from passes.equalize import Equalize
 from passes.expose_states import ExposeStates
 from passes.find_closures import FindClosures
+from passes.fit_ranges import FitRanges
 from passes.float_forms import FloatForms
 from passes.floor_pooling import FloorPooling
 from passes.fold_batchnorm import FoldBatchnorm
@@ -53,6 +54,7 @@ _PREPARE: tuple[Pass, ...] = (
 _QUANTIZE: tuple[Pass, ...] = (
     InsertQdq(),
     CalibrateRanges(),
+    FitRanges(),
     IntegerForms(),
     CorrectBiases(),
     ReconstructBlocks(),

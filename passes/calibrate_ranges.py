@@ -86,14 +86,14 @@ class CalibrateRanges(Pass):
                 for layer in (r for d in node.outputs[0].outputs for r in d.outputs[0].outputs if eight and pairs):
                     if (added := summed_pairs(layer)) is not None:
                         scale = np.maximum(scale, pair_reach(weight, added) / LARGEST)
-                return _short(scale), np.zeros(scale.shape, spec.dtype)
+                return short(scale), np.zeros(scale.shape, spec.dtype)
             seen = [_Seen.of_constant(s) if isinstance(s, Constant) else ranges.observed[called[k]] for k, s in {
                 id(n): sources[id(n)] for n in nodes}.items()]
             through = partial(FUNCTIONS[reader.op], **reader.attrs) if reader else None
             scale, zero = search_range(np.concatenate([s.samples for s in seen]), min(s.low for s in seen),
                                        max(s.high for s in seen), spec, norm=recipe.range_norm,
                                        steps=recipe.range_steps, through=through)
-            return _short(scale), np.asarray(zero).astype(spec.dtype)
+            return short(scale), np.asarray(zero).astype(spec.dtype)
 
         fresh = {k: nodes for nodes in groups.values() if (k := key(nodes)) not in ranges.searched}
         own, found = processes.mine(list(fresh.values())), list[tuple[NDArray[Any], NDArray[Any]]]()
@@ -103,7 +103,7 @@ class CalibrateRanges(Pass):
         ranges.searched |= zip(fresh, processes.together(found), strict=True)
         for nodes in groups.values():
             nodes[0].inputs[1].values, nodes[0].inputs[2].values = ranges.searched[key(nodes)]
-        _avoid_halves(graph)
+        avoid_halves(graph)
         frames = sum(len(c) for c in context.clips)
         return PassResult(modified=len(groups), report={
             "frames": frames, "clips": [c.name for c in context.clips], "quantizers": len(groups)})
@@ -189,13 +189,13 @@ def _observe(reference: Graph, names: list[str], context: Context, samples: int)
     return {name: _Seen.of_all([seen[name] for seen in clips if seen[name].low < np.inf]) for name in names}
 
 
-def _short(scale: NDArray[Any]) -> NDArray[np.float32]:
+def short(scale: NDArray[Any]) -> NDArray[np.float32]:
     """A scale in `MANTISSA` bits: differences and quarters of its multiples are exact in float32."""
     part, exponent = np.frexp(np.asarray(scale, np.float32))
     return np.ldexp(np.rint(np.ldexp(part, MANTISSA)), exponent - MANTISSA).astype(np.float32)
 
 
-def _avoid_halves(graph: Graph) -> None:
+def avoid_halves(graph: Graph) -> None:
     """Let scales of what is added to each other be odd multiples of a power of 2, of `MANTISSA` bits at most."""
     scales: dict[str, Any] = {}
     joined = DisjointSet()

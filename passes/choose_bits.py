@@ -181,7 +181,7 @@ class _Search:
         """What a compile at these widths emits if nothing is learned; `complete`: with all the biases it would have."""
         given = self.context.options
         biases = complete and given.recipe.correct_biases
-        plain = replace(given.recipe, correct_biases=biases, blocks=None, network=None)
+        plain = replace(given.recipe, fit_ranges=False, correct_biases=biases, blocks=None, network=None)
         context = replace(
             self.context, options=replace(given, recipe=plain, effort=replace(given.effort, bias_frames=1)),
             found={"find_closures": self.context.found["find_closures"], "choose_bits": closures,

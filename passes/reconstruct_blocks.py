@@ -10,8 +10,7 @@ enter the block and those inside, are left unrounded at random (Wei et al. 2022,
 state is unrolled over the frames of a sequence, from the float network's warm state on, and its new state counts in
 the loss like everything else that leaves it (PTQ4VM, arXiv:2506.10840); alpha that leaves with states counts as much.
 
-With `fit` grids of 4-bit activations are first chosen by what the layers that read them make of them
-(vmq/fit_scales.py). With `gptq` a block's weights are first rounded layer by layer, each towards what the float layer
+With `gptq` a block's weights are first rounded layer by layer, each towards what the float layer
 gives on the float network's input (vmq/gptq.py). Gradient steps start from there.
 
 A quantizer belongs to the block that makes the value; one that quantizers of several blocks share, to the first.
@@ -35,10 +34,9 @@ import torch
 from torch import Tensor
 
 from vmq import processes
-from vmq.crops import Crops, crop_graph
+from vmq.crops import Crops, crop_graph, warm_sequence
 from vmq.errors import ModelError, OutputError, PassError
 from vmq.fakequant import FakeQuantize
-from vmq.fit_scales import fit_scales
 from vmq.graph import Constant, Graph
 from vmq.lanes import LANES, Lanes
 from vmq.layers import float_source, homes
@@ -62,8 +60,6 @@ with all activations rounded: a little more is no harm, and comes often."""
 SHARES = (1.0, 0.1, 0.0)
 """Shares of the recipe's rates in the order in which they are tried: steps that suit a few layers can be too long for a
 hundred. Without steps what GPTQ gives is left; a block that is worse with that as well stays as it was."""
-WARM_UP = 8
-"""At most so many frames warm the state up before a sequence."""
 
 
 class ReconstructBlocks(Pass):
@@ -102,7 +98,6 @@ class _Reconstruction:
         assert context.reference is not None
         self.graph, self.context, self.lanes, self.folder = graph, context, lanes, folder
         session = Session(context.reference, optimize=False, pairs=context.options.pairs)
-        self.normalized, self.first_alpha = session.normalized, session.first_alpha_input
         self.frame, self.states = session.frame_input, {p.input: p.output for p in session.state_pairs}
         self.alpha = session.pictures()[1]
         exact = crop_graph(context.reference, self.frame)
@@ -110,18 +105,16 @@ class _Reconstruction:
         self.exact = Shadow(exact, self.device)
         self.shadow = Shadow(crop_graph(graph, self.frame), self.device)
         effort = context.options.effort
-        size = next(v.shape for v in exact.inputs if v.name == self.frame)[2:]
-        self.crops = Crops(context.footage or context.clips, (size[0], size[1]), context.options.seed)
+        self.crops = Crops.for_graph(exact, self.frame, context.footage or context.clips, context.options.seed)
         self.blocks = _with_quantizers(self.shadow.graph, context.found["find_closures"].blocks)
         self.sources = _float_names(self.shadow.graph, context.found["insert_qdq"])
         self.quantizers = dict(self.shadow.quantizers)
         self.learned: set[str] = set()
         self.changed = self.bytes = 0
         self.room = min(MEMORY, available() / (2 * processes.count()))
-        self.sequences = lanes.map(self._sequence, range(effort.sequences))
+        self.sequences = lanes.map(lambda k: warm_sequence(k, self.crops, effort.frames, self.exact, session),
+                                   range(effort.sequences))
         self.batchable = processes.first(self._runs_in_batches)
-        if recipe.fit:
-            self._fit_scales()
 
     def sweep(self, recipe: BlockRecipe, number: int) -> list[dict[str, Any]]:
         """Learn every block once; what each lost before and after, relative to its float output's power."""
@@ -169,38 +162,7 @@ class _Reconstruction:
         return {g: whole / (2 * (len(others) if g in others else len(taught) - len(others)) * max(power, least))
                 for g, power in powers.items()}
 
-    def _fit_scales(self) -> None:
-        """Choose the grids of 4-bit activations by what the layers that read them lose."""
-        every = [(s, t) for s in self.sequences for t in range(len(s[self.frame]))]
-        rng = np.random.default_rng((self.context.options.seed, 59))
-        frames = [{name: values[t] for name, values in sequence.items()}
-                  for sequence, t in (every[k] for k in rng.permutation(len(every))[:COLUMNS])]
-        names = fit_scales(self.shadow, self.exact, self.sources, frames, self.lanes)
-        self.shadow.write_back()
-        self.changed += assign(self.graph, self.shadow.graph, names)
-
     # -- data ---------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _sequence(self, number: int) -> dict[str, list[Tensor]]:
-        """Frames and float states of a sequence, by name of the input."""
-        effort = self.context.options.effort
-        warm = int(np.random.default_rng((self.context.options.seed, number)).integers(WARM_UP + 1))
-        frames, truth = self.crops.draw(number, warm + effort.frames, alpha=self.first_alpha is not None)
-        kept: dict[str, list[Tensor]] = {self.frame: [], **{i: [] for i in self.states}}
-        state = {v.name: torch.zeros(v.shape, device=self.device) for v in self.exact.graph.inputs
-                 if v.name in self.states}
-        if self.first_alpha is not None and truth is not None:
-            state[self.first_alpha] = truth[0].to(self.device)
-        first = max(0, len(frames) - effort.frames)
-        for t, frame in enumerate(torch.from_numpy(self.normalized(frames.numpy())).to(self.device)):
-            if t >= first:
-                kept[self.frame].append(frame)
-                for name, value in state.items():
-                    kept[name].append(value)
-            new = self.exact.run({self.frame: frame, **state}, tuple(self.states.values()))
-            state = {i: new[o] for i, o in self.states.items()}
-        return kept
 
     def _stacked(self, sequences: list[list[Tensor]]) -> Tensor:
         """[S, T, 1, ...]; clips shorter than a sequence repeat their last frame."""

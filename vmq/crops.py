@@ -20,12 +20,16 @@ from torch import Tensor
 from vmq.clips import Clip
 from vmq.errors import ModelError
 from vmq.graph import Constant, Graph
+from vmq.runtime import Session
+from vmq.shadow import Shadow
 
 SHORT_SIDE = 128
 """Crops are halved until their shorter side would be less than this."""
 SHORTEST = 8
 """Nor is the shorter side of the smallest state made less than this: a network that looks at a small copy of a large
 frame still has something to see."""
+WARM_UP = 8
+"""At most so many frames warm the state up before a sequence."""
 BACKWARDS = 0.15
 """Share of sequences that run backwards."""
 GAIN, GAMMA = 0.15, 0.2
@@ -125,6 +129,12 @@ class Crops:
     def __init__(self, clips: Sequence[Clip], size: tuple[int, int], seed: int) -> None:
         self.clips, self.size, self.seed = [c for c in clips if len(c)], size, seed
 
+    @classmethod
+    def for_graph(cls, graph: Graph, frame_input: str, clips: Sequence[Clip], seed: int) -> Crops:
+        """Of the size of a graph's frames."""
+        shape = next(v.shape for v in graph.inputs if v.name == frame_input)
+        return cls(clips, (shape[2], shape[3]), seed)
+
     def draw(self, number: int, length: int, alpha: bool = False) -> tuple[Tensor, Tensor | None]:
         """Sequence number `number`: frames [T,1,3,h,w] and, if asked for and known, alpha [T,1,1,h,w], in 0..1.
 
@@ -160,3 +170,36 @@ class Crops:
         mattes = clip.alpha(start, start + length) if alpha else None
         return (stack([cut(f, curves) for f in clip.frames(start, start + length)]),
                 None if mattes is None else stack([cut(m) for m in mattes]))
+
+
+@torch.no_grad()
+def warm_sequence(number: int, crops: Crops, frames: int, exact: Shadow, session: Session) -> dict[str, list[Tensor]]:
+    """What goes into a float network in each of some frames: the frames, and the states that it is in by then.
+
+    Args:
+        number: of the sequence; it decides how many frames warm the states up, `WARM_UP` at most.
+        crops: where it comes from.
+        frames: how many; a shorter clip gives fewer.
+        exact: the network at the size of the crops.
+        session: of the same network at full size, which knows what its inputs are.
+
+    Returns:
+        Tensors by name of the input, one a frame.
+    """
+    device = exact.device
+    warm = int(np.random.default_rng((crops.seed, number)).integers(WARM_UP + 1))
+    pictures, truth = crops.draw(number, warm + frames, alpha=session.first_alpha_input is not None)
+    states = {p.input: p.output for p in session.state_pairs}
+    kept: dict[str, list[Tensor]] = {session.frame_input: [], **{i: [] for i in states}}
+    state = {v.name: torch.zeros(v.shape, device=device) for v in exact.graph.inputs if v.name in states}
+    if session.first_alpha_input is not None and truth is not None:
+        state[session.first_alpha_input] = truth[0].to(device)
+    first = max(0, len(pictures) - frames)
+    for t, frame in enumerate(torch.from_numpy(session.normalized(pictures.numpy())).to(device)):
+        if t >= first:
+            kept[session.frame_input].append(frame)
+            for name, value in state.items():
+                kept[name].append(value)
+        new = exact.run({session.frame_input: frame, **state}, tuple(states.values()))
+        state = {i: new[o] for i, o in states.items()}
+    return kept

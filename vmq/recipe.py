@@ -24,7 +24,6 @@ class BlockRecipe:
         learn: what is learned, of `LEARNABLE` without affine.
         drop: probability that a value of an activation stays unrounded while learning.
         separate: learn what belongs to weights in a first sweep, on float activations, and the rest in a second.
-        fit: choose grids of 4-bit activations by what their layers make of them first (vmq/fit_scales.py).
         gptq: round weights column by column first (vmq/gptq.py), so that rounding is learned from there.
         rounding_rate, scale_rate, zero_rate, weight_rate, bias_rate: rates at `iterations`; with fewer, see `rates`.
         rounding_weight: weight of AdaRound's regulariser.
@@ -34,7 +33,6 @@ class BlockRecipe:
     learn: tuple[str, ...] = ("rounding", "scale")
     drop: float = 0.5
     separate: bool = False
-    fit: bool = False
     gptq: bool = False
     rounding_rate: float = 1e-3
     scale_rate: float = 4e-5
@@ -115,6 +113,7 @@ class Recipe:
         range_norm: p of the range search, which minimises the mean of |error|^p.
         range_steps: how many ranges are tried, as equal shares of the full one.
         samples: values kept of each tensor over all calibration frames.
+        fit_ranges: choose ranges of what layers read by what these make of the rounding.
         correct_biases: shift biases so that every layer keeps its mean.
         equalize: equalize weights across layers where that is exact.
         balance: scale channels in front of convolutions to fit one grid.
@@ -126,6 +125,7 @@ class Recipe:
     range_norm: float = 2.4
     range_steps: int = 100
     samples: int = 131_072
+    fit_ranges: bool = False
     correct_biases: bool = True
     equalize: bool = False
     balance: bool = False

@@ -49,6 +49,7 @@ class Shadow(nn.Module):
 
     Attributes:
         graph: the graph, whose constants `write_back` assigns.
+        device: see above.
         quantizers: the fake quantizer behind each dequantized value, by the value's name. An entry may be replaced
             by any function of a tensor, such as one that learns how weights are rounded.
 
@@ -58,7 +59,7 @@ class Shadow(nn.Module):
 
     def __init__(self, graph: Graph, device: str = "cpu") -> None:
         super().__init__()
-        self.graph, self._device = graph, device
+        self.graph, self.device = graph, device
         self.quantizers: dict[str, Callable[[Tensor], Tensor]] = {}
         self._constants = {c.name: c for c in graph.constants()}
         self._keys: dict[str, str] = {}               # constants, by name: their parameters and buffers, by name
@@ -223,7 +224,7 @@ class Shadow(nn.Module):
         if all(n.op in HOST_INPUTS and n.inputs[0] is not constant for n in constant.outputs):
             self._host[constant.name] = tensor
             return
-        self._keys[constant.name], tensor = key, tensor.to(self._device)
+        self._keys[constant.name], tensor = key, tensor.to(self.device)
         if tensor.is_floating_point():
             self.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
             return
