@@ -29,8 +29,8 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "qdrop+gac": ("ptq4vm", {"blocks": "qdrop", "network": {"flow": 0.0}}),
     "qdrop+gac+ofa": ("ptq4vm", {"blocks": "qdrop", "network": {"flow": 0.05}}),
     "ptq4vm-float": ("ptq4vm", {"network": {"teacher": "float"}}),
-    "vmq+gac+ofa": ("ptq4vm", {"correct_biases": True, "balance": True, "blocks": "vmq"}),
-    "vmq+gac+ofa-float": ("ptq4vm", {"correct_biases": True, "balance": True, "blocks": "vmq",
+    "vmq+gac+ofa": ("ptq4vm", {"fit_ranges": True, "correct_biases": True, "balance": True, "blocks": "vmq"}),
+    "vmq+gac+ofa-float": ("ptq4vm", {"fit_ranges": True, "correct_biases": True, "balance": True, "blocks": "vmq",
                                      "network": {"teacher": "float"}}),
 }
 """Recipes made here: the shipped one they start from and what changes. A table of the TOML file that is None is left
