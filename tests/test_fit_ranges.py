@@ -129,14 +129,6 @@ def test_what_is_chosen_loses_least_of_what_is_tried(bits: str, text: str | None
     assert judged >= 2
 
 
-def test_frames_of_8_bits_stay_exact():
-    graph = network()
-    context = prepared(graph, "8")
-    before = grids(graph)["src"]
-    rerun("fit_ranges", graph, context)
-    assert grids(graph)["src"] == before
-
-
 def test_only_grids_that_layers_read_change_and_tied_ones_stay_tied():
     graph = network()
     context = prepared(graph)
